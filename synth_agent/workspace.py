@@ -1,0 +1,319 @@
+"""The workspace: every path, every setting, and the only reader of the environment.
+
+A workspace is a git repository with a `synth.yaml` at its root. Paths in that file are relative to
+the root. `Workspace` is passed to whatever needs it; nothing else composes a path or reads
+`os.environ`.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from synth_agent.errors import InvalidInput, nearest
+
+SETTINGS_NAME = "synth.yaml"
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class DataSettings(_Section):
+    """Where the data of the experiments is."""
+
+    seed: str = "data/seed/seed.jsonl"
+    """Seed set in the competition's JSONL format."""
+    images: str = "data/seed"
+    """Folder that the seed set's image paths are relative to."""
+    original: str = "data/seed/stage_1.json"
+    """LLaVA file that gives the question of every seed id."""
+    instructions: str = "data/instruct/instruct.json"
+    """LLaVA file of the second training stage."""
+    instruction_images: str = "data/instruct"
+    sample_cap: int = Field(200_000, ge=1)
+    """Training never sees more samples than this; the surplus is sampled away."""
+    sample_cap_seed: int = 1024
+
+
+class ModelSettings(_Section):
+    """The model and the folders of its pretrained parts."""
+
+    name: str = "mgm-2b"
+    """`mgm-2b`, `mgm-mini`, or a JSON file with a model configuration."""
+    language_model: str = "models/gemma-2b-it"
+    vision_tower: str = "models/clip-vit-large-patch14-336"
+    high_resolution_tower: str = "models/openclip-convnext-large-d-320"
+
+
+class TrainSettings(_Section):
+    """One training stage. Defaults are the Better Synth kit's; see `mgm.train` for meanings."""
+
+    method: Literal["projector", "full", "lora"] = "projector"
+    learning_rate: float = Field(1e-3, gt=0)
+    projector_learning_rate: float | None = None
+    global_batch_size: int = Field(256, ge=1)
+    micro_batch_size: int = Field(8, ge=1)
+    epochs: float = Field(1.0, gt=0)
+    max_steps: int = Field(0, ge=0)
+    """Optimizer steps; 0 means as many as `epochs` gives."""
+    warmup_ratio: float = Field(0.03, ge=0, le=1)
+    weight_decay: float = Field(0.0, ge=0)
+    adam_beta1: float = Field(0.9, ge=0, lt=1)
+    adam_beta2: float = Field(0.999, ge=0, lt=1)
+    max_grad_norm: float = Field(1.0, gt=0)
+    lora_rank: int = Field(64, ge=1)
+    lora_alpha: float = Field(16, gt=0)
+    lora_dropout: float = Field(0.05, ge=0, lt=1)
+    image_aspect_ratio: Literal["square", "pad"] = "square"
+    group_by_modality_length: bool = False
+    model_max_length: int = Field(2048, ge=16)
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    drop_path: bool = True
+    cache_features: bool = False
+    gradient_checkpointing: bool = True
+    numerics: Literal["reference", "fast"] = "reference"
+    save_steps: int = Field(100, ge=1)
+    logging_steps: int = Field(1, ge=1)
+
+
+class TextVQASettings(_Section):
+    """Files of TextVQA."""
+
+    annotations: str = "data/textvqa/TextVQA_0.5.1_val.json"
+    questions: str | None = "data/textvqa/llava_textvqa_val_v051_ocr.jsonl"
+    """Question file; null builds the questions from the annotations."""
+    images: str = "data/textvqa/train_images"
+    max_new_tokens: int = Field(128, ge=1)
+
+
+class MMBenchSettings(_Section):
+    """Files of MMBench."""
+
+    questions: str = "data/mmbench/mmbench_dev_20230712.tsv"
+    max_new_tokens: int = Field(1024, ge=1)
+
+
+class EvaluateSettings(_Section):
+    """The benchmarks and how questions are answered."""
+
+    batch_size: int = Field(16, ge=1)
+    dtype: Literal["bfloat16", "float16", "float32"] = "float16"
+    textvqa: TextVQASettings = TextVQASettings()
+    mmbench: MMBenchSettings = MMBenchSettings()
+
+
+class ComputeSettings(_Section):
+    """The machine that runs the stages."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    threads: int = Field(0, ge=0)
+    """CPU threads of a stage; 0 means as many as there are cores."""
+
+
+class PlannerSettings(_Section):
+    """Who proposes the next recipe."""
+
+    kind: Literal["builtin"] = "builtin"
+
+
+class Settings(_Section):
+    """Everything `synth.yaml` may say."""
+
+    goal: str = "Which data recipe makes the model better?"
+    baseline: str = "baseline"
+    """Name of the recipe that the others are compared against."""
+    seed: int = 1024
+    """Seed of the initialisation of the trained modules."""
+    data: DataSettings = DataSettings()
+    model: ModelSettings = ModelSettings()
+    pretrain: TrainSettings = TrainSettings()
+    finetune: TrainSettings = TrainSettings(
+        method="full",
+        learning_rate=2e-5,
+        global_batch_size=128,
+        image_aspect_ratio="pad",
+        group_by_modality_length=True,
+    )
+    evaluate: EvaluateSettings = EvaluateSettings()
+    compute: ComputeSettings = ComputeSettings()
+    planner: PlannerSettings = PlannerSettings()
+    allow_operators: tuple[str, ...] = ()
+    """Operators outside the safe list that a person permits by hand."""
+
+
+@dataclass(frozen=True)
+class RunPaths:
+    """Files of one run; see `docs/experiment-log.md`."""
+
+    root: Path
+
+    @property
+    def proposal(self) -> Path:
+        return self.root / "proposal.yaml"
+
+    @property
+    def plan(self) -> Path:
+        return self.root / "plan.yaml"
+
+    @property
+    def recipe(self) -> Path:
+        return self.root / "recipe.yaml"
+
+    @property
+    def events(self) -> Path:
+        return self.root / "events.jsonl"
+
+    @property
+    def environment(self) -> Path:
+        return self.root / "environment.json"
+
+    @property
+    def scores(self) -> Path:
+        return self.root / "scores.json"
+
+    @property
+    def summary(self) -> Path:
+        return self.root / "summary.md"
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """A workspace's root and settings. Invariant: `root` is absolute and holds `synth.yaml`."""
+
+    root: Path
+    settings: Settings
+
+    @property
+    def settings_file(self) -> Path:
+        return self.root / SETTINGS_NAME
+
+    @property
+    def recipes(self) -> Path:
+        return self.root / "recipes"
+
+    @property
+    def prompts(self) -> Path:
+        return self.root / "prompts"
+
+    @property
+    def runs(self) -> Path:
+        return self.root / "runs"
+
+    @property
+    def artifacts(self) -> Path:
+        return self.root / "artifacts"
+
+    @property
+    def lock(self) -> Path:
+        """Held by the worker for its life: whoever holds it is the one live run."""
+        return self.artifacts / "worker.lock"
+
+    def run(self, run_id: str) -> RunPaths:
+        """Return the files of a run, which need not exist."""
+        return RunPaths(self.runs / run_id)
+
+    def logs(self, run_id: str) -> Path:
+        """Return the folder of a run's stage logs (not committed)."""
+        return self.artifacts / "logs" / run_id
+
+    def path(self, relative: str) -> Path:
+        """Resolve a path of `synth.yaml` against the root."""
+        return (self.root / relative).resolve()
+
+
+def find_root(start: Path) -> Path:
+    """Return the nearest folder at or above `start` that holds a `synth.yaml`.
+
+    Raises:
+        InvalidInput: If there is none.
+    """
+    for folder in (start.resolve(), *start.resolve().parents):
+        if (folder / SETTINGS_NAME).is_file():
+            return folder
+    raise InvalidInput(
+        "No workspace here",
+        f"no {SETTINGS_NAME} in {start.resolve()} or above it",
+        "make one with `synth-agent demo DIR` or `synth-agent init DIR`",
+    )
+
+
+def open_workspace(start: Path) -> Workspace:
+    """Open the workspace at or above `start`.
+
+    Raises:
+        InvalidInput: If there is none, or `synth.yaml` holds something it may not.
+    """
+    root = find_root(start)
+    return Workspace(root, load_settings(root / SETTINGS_NAME))
+
+
+def load_settings(path: Path) -> Settings:
+    """Read `synth.yaml`.
+
+    Raises:
+        InvalidInput: Naming the file, the key and the nearest valid key or the allowed values.
+    """
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise InvalidInput("Settings are not YAML", f"{path}: {error}", "correct the syntax") from error
+    if raw is None:
+        raw = {}
+    if not isinstance(raw, dict):
+        raise InvalidInput("Settings are not a mapping", str(path), "write `key: value` lines")
+    try:
+        return Settings.model_validate(raw)
+    except ValidationError as error:
+        raise _readable(path, error) from error
+
+
+def _readable(path: Path, error: ValidationError) -> InvalidInput:
+    first = error.errors()[0]
+    key = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        valid = _keys_at(first["loc"][:-1])
+        return InvalidInput(
+            "Unknown setting", f"{path}: {key}", nearest(str(first["loc"][-1]), valid)
+        )
+    return InvalidInput(
+        "Wrong setting", f"{path}: {key} = {first.get('input')!r}", str(first["msg"])
+    )
+
+
+def _keys_at(location: tuple[Any, ...]) -> list[str]:
+    model: type[BaseModel] = Settings
+    for part in location:
+        annotation = model.model_fields[str(part)].annotation
+        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+            return []
+        model = annotation
+    return list(model.model_fields)
+
+
+def stage_environment(workspace: Workspace) -> dict[str, str]:
+    """Return the environment that a stage runs in: this one, made offline and unable to install.
+
+    Data-Juicer installs missing packages by itself and reads options from the environment; the
+    variables below keep it, its caches and its package managers inside the workspace.
+    """
+    cache = workspace.artifacts / "cache"
+    environment = {
+        name: value for name, value in os.environ.items() if not name.startswith(("DJ_", "OPENAI_"))
+    }
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)
+    environment.update(
+        HF_HUB_OFFLINE="1",
+        HF_DATASETS_CACHE=str(cache / "datasets"),
+        DATA_JUICER_CACHE_HOME=str(cache / "data_juicer"),
+        TOKENIZERS_PARALLELISM="false",
+        PIP_NO_INDEX="1",
+        UV_OFFLINE="1",
+        PYTHONHASHSEED="0",
+    )
+    return environment
