@@ -24,7 +24,7 @@ STAGES = ("process", "pretrain", "finetune", "evaluate")
 Kind = Literal["baseline", "explore", "exploit", "replicate", "ablate"]
 RunStatus = Literal["approved", "running", "interrupted", "succeeded", "failed", "cancelled", "rejected"]
 StageStatus = Literal["waiting", "running", "succeeded", "reused", "failed", "cancelled"]
-Verdict = Literal["baseline", "better", "worse", "inside noise", "failed"]
+Verdict = Literal["baseline", "better", "worse", "inside noise", "mixed", "failed"]
 
 
 def now() -> str:
@@ -97,6 +97,17 @@ class Plan:
     approved_at: str
     sha256: str
     """Digest of the proposal as approved; launching refuses a plan that no longer matches it."""
+
+
+@dataclass(frozen=True)
+class Rejection:
+    """A proposal that a person turned down, and why. It is kept like a run: it teaches."""
+
+    id: str
+    proposal: Proposal
+    reason: str
+    by: str
+    at: str
 
 
 @dataclass(frozen=True)

@@ -317,3 +317,21 @@ def stage_environment(workspace: Workspace) -> dict[str, str]:
         PYTHONHASHSEED="0",
     )
     return environment
+
+
+def setting_origins(workspace: Workspace) -> list[tuple[str, Any, str]]:
+    """Return every setting as (dotted key, value, `file` or `default`)."""
+    given = yaml.safe_load(workspace.settings_file.read_text(encoding="utf-8")) or {}
+    rows: list[tuple[str, Any, str]] = []
+
+    def collect(prefix: str, values: dict[str, Any], source: Any) -> None:
+        for key, value in values.items():
+            name = f"{prefix}{key}"
+            present = isinstance(source, dict) and key in source
+            if isinstance(value, dict):
+                collect(f"{name}.", value, source[key] if present else {})
+            else:
+                rows.append((name, value, "file" if present else "default"))
+
+    collect("", workspace.settings.model_dump(mode="json"), given)
+    return rows

@@ -1,0 +1,342 @@
+"""The command `synth-agent`: the app by default, and a headless twin of every action.
+
+Data goes to stdout (`--json` makes it JSON), narration to stderr. Exit codes: 0 ok, 1 failed,
+2 usage or invalid input, 3 busy, try again, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from synth_agent import __version__
+
+if TYPE_CHECKING:
+    from synth_agent.workspace import Workspace
+
+EXAMPLES = """\
+examples:
+  synth-agent                        open the app in the workspace here
+  synth-agent demo                   make ./demo with the mini world and open the app there
+  synth-agent demo --headless        run the demo unattended, with progress line by line
+  synth-agent propose                let the planner propose the next experiment
+  synth-agent approve 3f9c1a         approve a shown proposal by its sha256 and run it
+  synth-agent watch                  follow the live run; Ctrl-C leaves it running
+  synth-agent compare 0001-baseline 0002-similarity
+"""
+
+Command = Callable[[argparse.Namespace], int]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if given in (["--version"], ["-V"]):
+        print(f"synth-agent {__version__}")
+        return 0
+    options = build_parser().parse_args(given)
+    from synth_agent.errors import EXIT_INTERRUPTED, SynthAgentError
+
+    try:
+        command: Command = options.command
+        return command(options)
+    except SynthAgentError as error:
+        _show_error(error, as_json=getattr(options, "json", False))
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        sys.stderr.close()
+        return EXIT_INTERRUPTED
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of every command."""
+    parser = argparse.ArgumentParser(
+        prog="synth-agent",
+        description="Run data-synthesis experiments for multimodal LLMs and keep their notebook.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("-V", "--version", action="version", version=f"synth-agent {__version__}")
+    parser.add_argument(
+        "-w", "--workspace", type=Path, default=Path(), help="workspace folder (default: here)"
+    )
+    parser.set_defaults(command=_open_app)
+    commands = parser.add_subparsers(title="commands", metavar="")
+    _add_demo(commands)
+    _add_gate(commands)
+    _add_runs(commands)
+    _add_reading(commands)
+    return parser
+
+
+def _add_demo(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    demo = commands.add_parser("demo", help="make a workspace with the mini world and use it")
+    demo.add_argument("folder", nargs="?", type=Path, default=Path("demo"), metavar="DIR")
+    demo.add_argument("--headless", action="store_true", help="run unattended, without the app")
+    demo.add_argument("--json", action="store_true", help="print the results as JSON")
+    demo.set_defaults(command=_demo)
+
+
+def _add_gate(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    propose = commands.add_parser("propose", help="propose the next experiment, or a given recipe")
+    propose.add_argument("recipe", nargs="?", help="recipe name (default: the planner chooses)")
+    propose.add_argument("--json", action="store_true")
+    propose.set_defaults(command=_propose)
+    approve = commands.add_parser("approve", help="approve a shown proposal and run it")
+    approve.add_argument("sha256", help="sha256 of the proposal, or its first characters")
+    approve.add_argument("--wait", action="store_true", help="follow the run to its end")
+    approve.set_defaults(command=_approve)
+    reject = commands.add_parser("reject", help="turn a shown proposal down")
+    reject.add_argument("sha256")
+    reject.add_argument("--reason", required=True, help="why; the planner respects it")
+    reject.set_defaults(command=_reject)
+
+
+def _add_runs(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    watch = commands.add_parser("watch", help="follow a run; Ctrl-C leaves it running")
+    watch.add_argument("run", nargs="?", help="run id (default: the live run)")
+    watch.set_defaults(command=_watch)
+    resume = commands.add_parser("resume", help="continue an interrupted, failed or cancelled run")
+    resume.add_argument("run")
+    resume.add_argument("--wait", action="store_true", help="follow the run to its end")
+    resume.set_defaults(command=_resume)
+    cancel = commands.add_parser("cancel", help="stop the live run; it can be resumed")
+    cancel.add_argument("run")
+    cancel.set_defaults(command=_cancel)
+
+
+def _add_reading(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    runs = commands.add_parser("runs", help="list all runs")
+    runs.add_argument("--json", action="store_true")
+    runs.set_defaults(command=_runs)
+    show = commands.add_parser("show", help="show a run's results")
+    show.add_argument("run")
+    show.add_argument("--json", action="store_true")
+    show.set_defaults(command=_show)
+    compare = commands.add_parser("compare", help="compare two runs on the same questions")
+    compare.add_argument("earlier")
+    compare.add_argument("later")
+    compare.add_argument("--json", action="store_true")
+    compare.set_defaults(command=_compare)
+    validate = commands.add_parser("validate", help="check a recipe file without running it")
+    validate.add_argument("recipe", type=Path, metavar="FILE")
+    validate.set_defaults(command=_validate)
+    config = commands.add_parser("config", help="show every setting and where it comes from")
+    config.add_argument("--json", action="store_true")
+    config.set_defaults(command=_config)
+
+
+def _show_error(error: Exception, *, as_json: bool) -> None:
+    from synth_agent.errors import SynthAgentError
+
+    assert isinstance(error, SynthAgentError)
+    if as_json:
+        print(json.dumps({"error": error.as_dict()}))
+        return
+    print(f"error: {error.title}\n  {error.message}", file=sys.stderr)
+    if error.hint:
+        print(f"  what to do: {error.hint}", file=sys.stderr)
+
+
+def _open(options: argparse.Namespace) -> Workspace:
+    from synth_agent.workspace import open_workspace
+
+    return open_workspace(options.workspace)
+
+
+def _has_terminal() -> bool:
+    return sys.stdin.isatty() and sys.stdout.isatty()
+
+
+def _run_app(workspace: Workspace) -> int:
+    from synth_agent.ui.app import run_app
+
+    return run_app(workspace)
+
+
+def _open_app(options: argparse.Namespace) -> int:
+    from synth_agent.errors import InvalidInput
+
+    workspace = _open(options)
+    if not _has_terminal():
+        raise InvalidInput(
+            "No terminal", "the app needs one", "use a command instead; see synth-agent --help"
+        )
+    return _run_app(workspace)
+
+
+def _demo(options: argparse.Namespace) -> int:
+    from synth_agent import headless
+    from synth_agent.demo import prepare_demo, run_demo
+
+    workspace = prepare_demo(options.folder, headless.narrate)
+    if options.headless or options.json or not _has_terminal():
+        return run_demo(workspace, as_json=options.json)
+    return _run_app(workspace)
+
+
+def _propose(options: argparse.Namespace) -> int:
+    from synth_agent import drafts, headless, pipeline
+    from synth_agent.errors import InvalidInput, nearest
+    from synth_agent.planner import BuiltinPlanner, propose_recipe
+    from synth_agent.recipes import list_recipes
+
+    workspace = _open(options)
+    history = pipeline.list_runs(workspace)
+    if options.recipe is None:
+        proposal = BuiltinPlanner().propose(
+            workspace, history, pipeline.list_rejections(workspace)
+        )
+        if proposal is None:
+            headless.narrate("every recipe was tried or rejected; add one to recipes/")
+            return 0
+    else:
+        recipes = {recipe.name: recipe for recipe in list_recipes(workspace)}
+        if options.recipe not in recipes:
+            raise InvalidInput(
+                "No such recipe",
+                f"{options.recipe!r} in {workspace.recipes}",
+                nearest(options.recipe, recipes),
+            )
+        proposal = propose_recipe(workspace, recipes[options.recipe], history)
+    pipeline.validate(workspace, proposal)
+    drafts.keep(workspace, proposal)
+    if options.json:
+        print(json.dumps({"sha256": proposal.sha256, "proposal": proposal.content()}))
+    else:
+        print(headless.proposal_text(proposal))
+        headless.narrate(f"approve it with: synth-agent approve {proposal.sha256[:12]}")
+    return 0
+
+
+def _approve(options: argparse.Namespace) -> int:
+    import getpass
+
+    from synth_agent import drafts, pipeline
+
+    workspace = _open(options)
+    proposal = drafts.find(workspace, options.sha256)
+    plan = pipeline.approve(
+        workspace, proposal, shown_sha256=proposal.sha256, approver=getpass.getuser()
+    )
+    pipeline.launch(workspace, plan)
+    print(plan.run_id)
+    return _wait(workspace, plan.run_id) if options.wait else 0
+
+
+def _reject(options: argparse.Namespace) -> int:
+    import getpass
+
+    from synth_agent import drafts, pipeline
+
+    workspace = _open(options)
+    proposal = drafts.find(workspace, options.sha256)
+    print(pipeline.reject(workspace, proposal, reason=options.reason, by=getpass.getuser()))
+    return 0
+
+
+def _watch(options: argparse.Namespace) -> int:
+    from synth_agent import headless, pipeline
+
+    workspace = _open(options)
+    run_id = options.run or pipeline.live_run(workspace)
+    if run_id is None:
+        headless.narrate("no run is live; name one: synth-agent watch RUN")
+        return 0
+    return _wait(workspace, run_id)
+
+
+def _resume(options: argparse.Namespace) -> int:
+    from synth_agent import pipeline
+
+    workspace = _open(options)
+    pipeline.resume(workspace, options.run)
+    return _wait(workspace, options.run) if options.wait else 0
+
+
+def _cancel(options: argparse.Namespace) -> int:
+    from synth_agent import pipeline
+
+    pipeline.cancel(_open(options), options.run)
+    return 0
+
+
+def _wait(workspace: Workspace, run_id: str) -> int:
+    from synth_agent import headless
+    from synth_agent.errors import EXIT_FAILED, EXIT_OK
+
+    run = headless.follow(workspace, run_id)
+    print(headless.run_text(run))
+    return EXIT_OK if run.status == "succeeded" else EXIT_FAILED
+
+
+def _runs(options: argparse.Namespace) -> int:
+    from synth_agent import headless, pipeline
+
+    runs = pipeline.list_runs(_open(options))
+    if options.json:
+        print(json.dumps([headless.run_data(run) for run in runs]))
+        return 0
+    for run in runs:
+        scores = "  ".join(
+            f"{headless.BENCHMARK_NAMES.get(name, name)} {score.percent:.1f}"
+            for name, score in run.scores.items()
+        )
+        print(f"{run.id:<24} {run.status:<12} {run.verdict or '':<13} {scores}".rstrip())
+    return 0
+
+
+def _show(options: argparse.Namespace) -> int:
+    from synth_agent import headless, pipeline
+
+    run = pipeline.load_run(_open(options), options.run)
+    print(json.dumps(headless.run_data(run)) if options.json else headless.run_text(run))
+    return 0
+
+
+def _compare(options: argparse.Namespace) -> int:
+    from dataclasses import asdict
+
+    from synth_agent import headless, pipeline
+
+    workspace = _open(options)
+    comparisons = pipeline.compare_runs(workspace, options.earlier, options.later)
+    if options.json:
+        print(json.dumps([asdict(comparison) for comparison in comparisons]))
+        return 0
+    for value in comparisons:
+        name = headless.BENCHMARK_NAMES.get(value.benchmark, value.benchmark)
+        print(
+            f"{name:<8} {value.difference:+5.1f} points [{value.low:+.1f}, {value.high:+.1f}] "
+            f"on {value.num_questions} questions: {value.verdict}"
+        )
+    return 0
+
+
+def _validate(options: argparse.Namespace) -> int:
+    from synth_agent.recipes import load_catalogue, load_recipe, validate_recipe
+
+    workspace = _open(options)
+    validate_recipe(load_recipe(options.recipe), load_catalogue(), workspace)
+    print(f"{options.recipe}: valid")
+    return 0
+
+
+def _config(options: argparse.Namespace) -> int:
+    from synth_agent.workspace import setting_origins
+
+    values = setting_origins(_open(options))
+    if options.json:
+        print(json.dumps([{"key": k, "value": v, "origin": o} for k, v, o in values]))
+        return 0
+    width = max(len(key) for key, _, _ in values)
+    for key, value, origin in values:
+        print(f"{key:<{width}}  {json.dumps(value)}  ({origin})")
+    return 0

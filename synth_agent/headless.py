@@ -1,0 +1,195 @@
+"""Following a run line by line, and showing results as text. Data to stdout, narration to stderr.
+
+The same facts as the app shows, for terminals without one, for logs and for scripts.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from typing import Any
+
+from synth_agent import pipeline
+from synth_agent.runs import STAGES, Event, EventTail, Proposal, Run, Score
+from synth_agent.workspace import Workspace
+
+POLL_SECONDS = 0.2
+QUIET_SECONDS = 5.0
+"""At most one progress line of a stage in this time."""
+BENCHMARK_NAMES = {"textvqa": "TextVQA", "mmbench": "MMBench"}
+_ENDED = ("succeeded", "failed", "cancelled", "interrupted")
+
+
+def narrate(text: str) -> None:
+    """Write a line for people."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def follow(workspace: Workspace, run_id: str) -> Run:
+    """Print a run's events as they come until it ends, and return it as it then is."""
+    last_line: dict[str, float] = {}
+    for event in _events_until_end(workspace, run_id):
+        line = describe(event)
+        if line is None:
+            continue
+        if event.kind == "progress":
+            key = f"{event.fields['stage']}/{event.fields.get('label', '')}"
+            finished = event.fields["step"] == event.fields["total"]
+            if not finished and time.monotonic() - last_line.get(key, 0.0) < QUIET_SECONDS:
+                continue
+            last_line[key] = time.monotonic()
+        narrate(line)
+    return pipeline.load_run(workspace, run_id)
+
+
+def _events_until_end(workspace: Workspace, run_id: str) -> Iterator[Event]:
+    tail = EventTail(workspace.run(run_id).events)
+    while True:
+        ended = pipeline.load_run(workspace, run_id).status in _ENDED
+        yield from tail.read()
+        if ended:
+            return
+        time.sleep(POLL_SECONDS)
+
+
+def describe(event: Event) -> str | None:
+    """Return an event as one line, or None when it has nothing to say."""
+    describer = _DESCRIBERS.get(event.kind)
+    return describer(event.fields) if describer is not None else None
+
+
+def _stage_started(fields: Mapping[str, Any]) -> str:
+    return f"  {fields['stage']:<9} started"
+
+
+def _stage_reused(fields: Mapping[str, Any]) -> str:
+    return f"  {fields['stage']:<9} reused {fields.get('output') or ''}"
+
+
+def _progress(fields: Mapping[str, Any]) -> str:
+    total = fields.get("total") or 0
+    count = f"{fields['step']}/{total}" if total else str(fields["step"])
+    parts = [f"  {fields['stage']:<9}", fields.get("label") or "", count, fields["unit"]]
+    for name, text in (("loss", "loss {:.3f}"), ("lr", "lr {:.2e}")):
+        if fields.get(name) is not None:
+            parts.append(text.format(fields[name]))
+    if fields.get("samples_per_second"):
+        parts.append(f"{fields['samples_per_second']:.1f}/s")
+    if fields.get("eta_seconds") is not None:
+        parts.append(f"ETA {duration(fields['eta_seconds'])}")
+    return " ".join(part for part in parts if part)
+
+
+def _stage_finished(fields: Mapping[str, Any]) -> str:
+    error = fields.get("error")
+    tail = f": {error['title']}: {error['message']}" if error else ""
+    return f"  {fields['stage']:<9} {fields['status']} in {duration(fields['seconds'])}{tail}"
+
+
+def _note(fields: Mapping[str, Any]) -> str:
+    return f"  note: {fields['text']}"
+
+
+def _run_finished(fields: Mapping[str, Any]) -> str:
+    verdict = f", verdict: {fields['verdict']}" if fields.get("verdict") else ""
+    error = fields.get("error")
+    text = f"  run {fields['status']}{verdict}"
+    if error:
+        text += f"\n  {error['title']}: {error['message']}"
+        text += f"\n  what to do: {error['hint']}" if error.get("hint") else ""
+    return text
+
+
+_DESCRIBERS = {
+    "stage_started": _stage_started,
+    "stage_reused": _stage_reused,
+    "progress": _progress,
+    "stage_finished": _stage_finished,
+    "note": _note,
+    "run_finished": _run_finished,
+}
+
+
+def duration(seconds: float | None) -> str:
+    """Return a time span as people say it: `48 s`, `3 min 05 s`, `2 h 10 min`."""
+    if seconds is None:
+        return "unknown time"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+def proposal_text(proposal: Proposal) -> str:
+    """Return a proposal as a few lines: what, why, what it takes."""
+    cost = proposal.cost
+    samples = "unknown" if cost.expected_samples is None else f"{cost.expected_samples:,}"
+    lines = [
+        f"{proposal.title} ({proposal.kind}, recipe {proposal.recipe['name']})",
+        f"  reason    {proposal.reason}",
+        f"  evidence  {', '.join(proposal.evidence) or 'none'}",
+        f"  samples   {samples} of {cost.seed_samples:,}",
+        f"  time      {duration(cost.seconds)}",
+        f"  basis     {cost.basis}",
+        f"  sha256    {proposal.sha256}",
+    ]
+    return "\n".join(lines)
+
+
+def score_text(score: Score) -> str:
+    """Return a score with its interval and chance level."""
+    name = BENCHMARK_NAMES.get(score.benchmark, score.benchmark)
+    return (
+        f"{name:<8} {score.percent:5.1f} % [{score.low:.1f}, {score.high:.1f}]  "
+        f"chance {score.chance:.1f} %  {score.num_questions} questions  ({score.metric})"
+    )
+
+
+def run_text(run: Run) -> str:
+    """Return a run's samples, scores, comparison and verdict."""
+    result = run.stages["process"].result
+    lines = [f"{run.id}  {run.plan.proposal.title}"]
+    if "kept" in result:
+        lines.append(f"  samples  {result['kept']:,} of {result['seed_samples']:,}")
+    lines += [f"  {score_text(score)}" for score in run.scores.values()]
+    for comparison in run.comparisons.values():
+        name = BENCHMARK_NAMES.get(comparison.benchmark, comparison.benchmark)
+        lines.append(
+            f"  {name:<8} {comparison.difference:+5.1f} points "
+            f"[{comparison.low:+.1f}, {comparison.high:+.1f}] against {comparison.parent}: "
+            f"{comparison.verdict}"
+        )
+    lines.append(f"  verdict  {run.verdict or run.status}")
+    return "\n".join(lines)
+
+
+def run_data(run: Run) -> dict[str, Any]:
+    """Return a run as plain data, for `--json`."""
+    return {
+        "id": run.id,
+        "status": run.status,
+        "verdict": run.verdict,
+        "title": run.plan.proposal.title,
+        "recipe": run.plan.proposal.recipe["name"],
+        "kind": run.plan.proposal.kind,
+        "parent": run.plan.proposal.parent,
+        "plan_sha256": run.plan.sha256,
+        "stages": {
+            name: {
+                "status": run.stages[name].status,
+                "seconds": run.stages[name].seconds,
+                "result": dict(run.stages[name].result),
+                "output": run.stages[name].output,
+            }
+            for name in STAGES
+        },
+        "scores": {name: asdict(score) for name, score in run.scores.items()},
+        "comparisons": {name: asdict(value) for name, value in run.comparisons.items()},
+        "error": dict(run.error) if run.error else None,
+        "started": run.started,
+        "finished": run.finished,
+    }
