@@ -169,7 +169,7 @@ def cut_windows(fused: Tensor, num_tokens: int) -> Tensor:
     if side * side != num_tokens or height % side or width % side:
         raise ValueError(f"a {height} x {width} map has no {num_tokens} equal square windows")
     rows, columns = height // side, width // side
-    cut = fused.view(batch, channels, side, rows, side, columns).permute(0, 2, 4, 3, 5, 1)
+    cut = fused.reshape(batch, channels, side, rows, side, columns).permute(0, 2, 4, 3, 5, 1)
     return cut.reshape(batch, num_tokens, rows * columns, channels)
 
 
@@ -292,7 +292,7 @@ class MGM(nn.Module):
         views = low.view(pictures, num_views, -1, width)  # (I, V, N, D)
         tiles = views[:, : grid * grid].flatten(0, 1)  # (I * g * g, N, D)
         channels, side = fused.shape[1], fused.shape[-1] // grid
-        maps = fused.view(pictures, channels, grid, side, grid, side).permute(0, 2, 4, 1, 3, 5)
+        maps = fused.reshape(pictures, channels, grid, side, grid, side).permute(0, 2, 4, 1, 3, 5)
         maps = maps.reshape(pictures * grid * grid, channels, side, side)
         mined = (tiles + self.mining(tiles, maps)).view(pictures, -1, width)  # (I, g * g * N, D)
         if not self.config.image_global:

@@ -64,7 +64,7 @@ class HighResolutionTower(nn.Module):
             )
         )
         self.embeddings = model.embeddings
-        self.stages_modules = model.encoder.stages
+        self.encoder = model.encoder
         for module in self.modules():
             if isinstance(module, nn.LayerNorm):
                 module.eps = sizes.get("norm_eps", 1e-6)
@@ -82,7 +82,7 @@ class HighResolutionTower(nn.Module):
         dtype = self.embeddings.patch_embeddings.weight.dtype
         hidden = self.embeddings(images_aux.to(dtype))
         maps = []
-        for stage in self.stages_modules:
+        for stage in self.encoder.stages:
             hidden = stage(hidden)
             maps.append(hidden.to(images_aux.dtype))
         return maps
