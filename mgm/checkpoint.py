@@ -1,71 +1,61 @@
-"""Read and write weights under the names of published Mini-Gemini checkpoints.
+"""Model folders: put together from three, saved and loaded whole, or as a projector file.
 
-Owns the translation between this package's parameter names and the published ones, and every
-file format that holds weights: the three folders a model is put together from, the projector
-file of the first stage, the full folder of the second, and LoRA adapters. Loading is strict:
-a tensor that is missing, unexpected or of the wrong shape is an error that names it. Pickled
-files are read with `weights_only`, so no code in them can run.
+Owns what a checkpoint consists of; names are `mgm.names`', file formats `mgm.weights`', adapters
+`mgm.lora`'s. Loading is strict: a tensor that is missing, unexpected or of the wrong shape is an
+error that names it.
 """
 
 from __future__ import annotations
 
-import json
-import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.initialization import no_init_weights
 
 from mgm.config import ModelConfig
 from mgm.errors import InputError
+from mgm.files import read_json, write_atomically, write_json
+from mgm.lora import attach_lora, load_lora, merge_lora, save_lora
 from mgm.model import MGM, init_vision_modules
+from mgm.names import (
+    CLIP_PREFIX,
+    CONVNEXT_PREFIX,
+    is_multimodal,
+    published_parameters,
+    published_slots,
+    timm_name,
+)
+from mgm.weights import (
+    INDEX_FILE,
+    assign,
+    parameter_slots,
+    read_tensors,
+)
+
+__all__ = [
+    "attach_lora",
+    "build_model",
+    "load_full",
+    "load_high_resolution_tower",
+    "load_language_model",
+    "load_lora",
+    "load_projector",
+    "load_vision_tower",
+    "merge_lora",
+    "read_config",
+    "save_full",
+    "save_lora",
+    "save_projector",
+]
 
 PROJECTOR_FILE = "mm_projector.bin"
-INDEX_FILE = "model.safetensors.index.json"
-NON_LORA_FILE = "non_lora_trainables.bin"
-LORA_TARGETS = (
-    "q_proj",
-    "k_proj",
-    "v_proj",
-    "o_proj",
-    "gate_proj",
-    "up_proj",
-    "down_proj",
-)
 MAX_SHARD_BYTES = 5_000_000_000
-
-CLIP_PREFIX = "model.vision_tower.vision_tower.vision_model."
-CONVNEXT_PREFIX = "model.vision_tower_aux.vision_"
-# Parameter of ours -> published name, applied to the start of a name.
-_PART_NAMES = (
-    ("vision_tower.clip.", CLIP_PREFIX),
-    ("high_resolution_tower.", CONVNEXT_PREFIX),
-    ("mining.query.", "model.vlm_uni_query_projector."),
-    ("mining.key.", "model.vlm_uni_aux_projector."),
-    ("mining.value.", "model.vlm_uni_val_projector."),
-    ("projector.", "model.mm_projector."),
-    ("language_model.", ""),
-)
-# ConvNextModel -> timm, on the rest of the name.
-_CONVNEXT_NAMES = (
-    (r"^embeddings\.patch_embeddings\.", "stem.0."),
-    (r"^embeddings\.layernorm\.", "stem.1."),
-    (r"^encoder\.stages\.(\d+)\.downsampling_layer\.", r"stages.\1.downsample."),
-    (r"^encoder\.stages\.(\d+)\.layers\.(\d+)\.", r"stages.\1.blocks.\2."),
-    (r"\.dwconv\.", ".conv_dw."),
-    (r"(?<=\d)\.layernorm\.", ".norm."),
-    (r"\.pwconv1\.", ".mlp.fc1."),
-    (r"\.pwconv2\.", ".mlp.fc2."),
-    (r"\.layer_scale_parameter$", ".gamma"),
-)
 # Buffers that older library versions stored beside the weights.
 _OLD_BUFFERS = ("rotary_emb.inv_freq", "embeddings.position_ids")
 
@@ -75,201 +65,6 @@ class Tokenizer(Protocol):
 
     def save_pretrained(self, save_directory: str) -> object:
         """Write the tokenizer's files into a folder."""
-
-
-def timm_name(name: str) -> str:
-    """Translate a `ConvNextModel` parameter name to timm's."""
-    for pattern, replacement in _CONVNEXT_NAMES:
-        name = re.sub(pattern, replacement, name)
-    return name
-
-
-def published_name(name: str) -> str:
-    """Translate the name of one of `MGM`'s parameters to its published name.
-
-    Raises:
-        ValueError: If the parameter belongs to no part of the model.
-    """
-    for ours, published in _PART_NAMES:
-        if name.startswith(ours):
-            rest = name.removeprefix(ours)
-            return published + (timm_name(rest) if published == CONVNEXT_PREFIX else rest)
-    raise ValueError(f"no published name for parameter {name!r}")
-
-
-def published_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Return the model's parameters under their published names; tied ones appear once."""
-    return {published_name(name): value for name, value in model.named_parameters()}
-
-
-def is_multimodal(published: str) -> bool:
-    """Whether a published name belongs to the projector, the mining or a tower."""
-    return published.startswith(("model.mm_projector.", "model.vlm_uni_", "model.vision_tower"))
-
-
-# Reading files
-
-
-def read_tensors(
-    path: Path, wanted: Callable[[str], bool] = lambda name: True
-) -> dict[str, Tensor]:
-    """Read the tensors of a weights file, or of a folder in the Hugging Face layout.
-
-    Args:
-        path: A `.safetensors` or pickled file, or a folder, sharded or not.
-        wanted: Says by name which tensors to read.
-
-    Raises:
-        InputError: If there is no such file, or it is not what its name says.
-    """
-    if not path.is_dir():
-        return dict(_read_file(path, wanted))
-    tensors: dict[str, Tensor] = {}
-    for file in _weight_files(path):
-        tensors.update(_read_file(file, wanted))
-    return tensors
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    for index_name in (INDEX_FILE, "pytorch_model.bin.index.json"):
-        index = folder / index_name
-        if index.exists():
-            weight_map = _read_json(index).get("weight_map")
-            if not isinstance(weight_map, dict):
-                raise InputError("Unusable index", f"{index}: weight_map is missing")
-            names = sorted(set(weight_map.values()))
-            if any(Path(name).name != name for name in names):
-                raise InputError("Unusable index", f"{index}: a shard lies outside the folder")
-            return [folder / name for name in names]
-    known = (
-        "model.safetensors",
-        "open_clip_model.safetensors",
-        "pytorch_model.bin",
-        "open_clip_pytorch_model.bin",
-    )
-    for name in known:
-        if (folder / name).exists():
-            return [folder / name]
-    raise InputError("No weights found", str(folder), f"expected one of {', '.join(known)}")
-
-
-def _read_file(path: Path, wanted: Callable[[str], bool]) -> Iterator[tuple[str, Tensor]]:
-    if not path.exists():
-        raise InputError("File not found", str(path), "the checkpoint is incomplete")
-    if path.suffix == ".safetensors":
-        try:
-            with safe_open(path, framework="pt") as file:
-                for name in filter(wanted, file.keys()):  # noqa: SIM118 (not a mapping)
-                    yield name, file.get_tensor(name)
-        except SafetensorError as error:
-            raise InputError("Unreadable weights", f"{path}: {error}") from None
-        return
-    content = load_pickle(path)
-    for wrapper in ("state_dict", "model"):
-        if isinstance(content.get(wrapper), dict):
-            content = content[wrapper]
-    for name, value in content.items():
-        if isinstance(value, Tensor) and wanted(name):
-            yield name, value
-
-
-def load_pickle(path: Path) -> dict[str, Any]:
-    """Read a pickled dictionary of tensors without running any code in it.
-
-    Raises:
-        InputError: If the file is missing, damaged, or holds more than tensors.
-    """
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise InputError("File not found", str(path)) from None
-    except (RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
-        raise InputError("Unreadable weights", f"{path}: {error}") from None
-    except Exception as error:
-        # pickle.UnpicklingError is what weights_only raises; its class depends on the version.
-        if "npickling" not in type(error).__name__:
-            raise
-        raise InputError("Unsafe or damaged pickle", f"{path}: {error}") from None
-    if not isinstance(content, dict):
-        raise InputError("Not a dictionary of tensors", str(path))
-    return content
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError("File not found", str(path)) from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise InputError("Not a JSON file", f"{path}: {error}") from None
-    if not isinstance(content, dict):
-        raise InputError("Not a JSON object", str(path))
-    return content
-
-
-# Filling modules
-
-
-def assign(
-    targets: Mapping[str, tuple[nn.Module, str]],
-    tensors: Mapping[str, Tensor],
-    source: str,
-    dtype: torch.dtype | None = None,
-) -> None:
-    """Put tensors into parameters, all or nothing by name and shape.
-
-    Args:
-        targets: Name in the file -> module and attribute of the parameter it fills.
-        tensors: Name in the file -> value; must have exactly the names of `targets`.
-        source: The file or folder, for the error.
-        dtype: Of the filled parameters; None keeps the dtype they have.
-
-    Raises:
-        InputError: With the missing, unexpected and misshapen names.
-    """
-    problems = _name_problems(targets.keys(), tensors.keys())
-    for name in targets.keys() & tensors.keys():
-        module, attribute = targets[name]
-        expected, found = tuple(getattr(module, attribute).shape), tuple(tensors[name].shape)
-        if expected != found:
-            problems.append(f"{name} has shape {found}, not {expected}")
-    if problems:
-        raise InputError(
-            "Weights do not fit the model",
-            f"{source}: {'; '.join(problems)}",
-            "the files must come from a model with the sizes of this configuration",
-        )
-    for name, (module, attribute) in targets.items():
-        old = getattr(module, attribute)
-        # A copy, since a tensor from a mapped file would change or vanish with the file.
-        value = tensors[name].to(dtype=dtype or old.dtype, device=old.device, copy=True)
-        setattr(module, attribute, nn.Parameter(value, requires_grad=old.requires_grad))
-
-
-def _name_problems(expected: Iterable[str], found: Iterable[str]) -> list[str]:
-    expected, found = set(expected), set(found)
-    problems = []
-    for label, names in (("missing", expected - found), ("unexpected", found - expected)):
-        if names:
-            listed = sorted(names)
-            more = f" and {len(listed) - 8} more" if len(listed) > 8 else ""
-            problems.append(f"{label}: {', '.join(listed[:8])}{more}")
-    return problems
-
-
-def parameter_slots(
-    module: nn.Module, prefix: str = "", rename: Callable[[str], str] = str
-) -> dict[str, tuple[nn.Module, str]]:
-    """Return every parameter's place under its (renamed, prefixed) name; tied ones once."""
-    slots = {}
-    for name, _ in module.named_parameters():
-        owner, _, attribute = name.rpartition(".")
-        slots[prefix + rename(name)] = (module.get_submodule(owner), attribute)
-    return slots
-
-
-def _published_slots(model: MGM) -> dict[str, tuple[nn.Module, str]]:
-    return parameter_slots(model, rename=published_name)
 
 
 def _tie(model: MGM) -> None:
@@ -380,16 +175,13 @@ def build_model(
     return model
 
 
-# The projector file of the first stage
-
-
 def save_projector(model: MGM, path: Path) -> None:
     """Write projector, mining and both towers as the published first stage does."""
     named = published_parameters(model)
     content = {
         name: value.detach().cpu().clone() for name, value in named.items() if is_multimodal(name)
     }
-    _write_atomically(path, lambda target: torch.save(content, target))
+    write_atomically(path, lambda target: torch.save(content, target))
 
 
 def load_projector(model: MGM, path: Path) -> None:
@@ -411,14 +203,11 @@ def load_projector(model: MGM, path: Path) -> None:
     has_clip = any(name.startswith(CLIP_PREFIX) for name in tensors)
     slots = {
         name: slot
-        for name, slot in _published_slots(model).items()
+        for name, slot in published_slots(model).items()
         if name.startswith(("model.mm_projector.", "model.vlm_uni_"))
         or (has_clip and name.startswith(CLIP_PREFIX))
     }
     assign(slots, tensors, str(path))
-
-
-# The full folder of the second stage
 
 
 def save_full(
@@ -443,20 +232,16 @@ def save_full(
     weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, start=1):
         name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        tensors = {key: value.detach().cpu().contiguous() for key, value in shard.items()}
-        _write_atomically(
-            folder / name,
-            lambda target, tensors=tensors: save_file(tensors, target, {"format": "pt"}),
-        )
+        _write_tensors(folder / name, shard)
         weight_map.update(dict.fromkeys(shard, name))
     config = {**model.config.to_mgm_config(), "torch_dtype": str(model.dtype).split(".")[-1]}
-    _write_json(folder / "config.json", config)
-    _write_json(folder / "towers.json", model.config.to_towers())
+    write_json(folder / "config.json", config)
+    write_json(folder / "towers.json", model.config.to_towers())
     model.language_model.generation_config.save_pretrained(str(folder))
     if tokenizer is not None:
         tokenizer.save_pretrained(str(folder))
     size = sum(value.numel() * value.element_size() for shard in shards for value in shard.values())
-    _write_json(folder / INDEX_FILE, {"metadata": {"total_size": size}, "weight_map": weight_map})
+    write_json(folder / INDEX_FILE, {"metadata": {"total_size": size}, "weight_map": weight_map})
 
 
 def _plan_shards(tensors: Mapping[str, Tensor], max_bytes: int) -> list[dict[str, Tensor]]:
@@ -482,7 +267,7 @@ def read_config(folder: Path, **overrides: Any) -> ModelConfig:
     """
     towers = folder / "towers.json"
     config = ModelConfig.from_mgm_config(
-        _read_json(folder / "config.json"), _read_json(towers) if towers.exists() else None
+        read_json(folder / "config.json"), read_json(towers) if towers.exists() else None
     )
     return config.replace(**overrides) if overrides else config
 
@@ -517,7 +302,7 @@ def load_full(
         embedding = tensors.get("model.embed_tokens.weight")
         dtype = torch.float32 if embedding is None else embedding.dtype
     model = empty_model(config, dtype)
-    slots = _published_slots(model)
+    slots = published_slots(model)
     for prefix, path, noted, load in (
         (CLIP_PREFIX, vision_tower_dir, config.vision_tower_path, load_vision_tower),
         (
@@ -547,150 +332,6 @@ def _tower_folder(given: Path | None, noted: str, prefix: str, checkpoint: Path)
     return folder
 
 
-# LoRA
-
-
-def attach_lora(model: MGM, rank: int, alpha: float, dropout: float = 0.0) -> None:
-    """Add low-rank adapters to every linear layer of the language model, and freeze its base.
-
-    Adapters are float32 whatever the base, since their updates are small. Projector and mining
-    stay as they are.
-
-    Source: LoRA, arXiv:2106.09685: W x + (alpha / rank) B A x, B starting at zero.
-    """
-    _inject(model, _lora_config(rank, alpha, dropout))
-
-
-def _lora_config(rank: int, alpha: float, dropout: float) -> LoraConfig:
-    return LoraConfig(
-        r=rank,
-        lora_alpha=alpha,  # type: ignore[arg-type]  # any number works, only int is declared
-        lora_dropout=dropout,
-        target_modules=list(LORA_TARGETS),
-        bias="none",
-        task_type="CAUSAL_LM",
-    )
-
-
-def _inject(model: MGM, config: LoraConfig) -> None:
-    if any(isinstance(module, LoraLayer) for module in model.modules()):
-        raise ValueError("LoRA adapters are already attached")
-    inject_adapter_in_model(config, model.language_model)
-    for name, parameter in model.language_model.named_parameters():
-        if ".lora_" in name:
-            parameter.data = parameter.data.float()
-
-
-def merge_lora(model: MGM) -> None:
-    """Add every adapter into its layer, W + (alpha / rank) B A, and remove the adapters.
-
-    Raises:
-        ValueError: If none are attached, or a merged weight is not finite.
-    """
-    layers = [
-        (name, module) for name, module in model.named_modules() if isinstance(module, LoraLayer)
-    ]
-    if not layers:
-        raise ValueError("no LoRA adapters are attached")
-    for name, layer in layers:
-        layer.merge(safe_merge=True)
-        owner, _, attribute = name.rpartition(".")
-        setattr(model.get_submodule(owner), attribute, layer.get_base_layer())
-    model.language_model.requires_grad_(True)
-
-
-def _adapter_slots(model: MGM) -> dict[str, tuple[nn.Module, str]]:
-    slots = parameter_slots(model.language_model, prefix="base_model.model.")
-    return {
-        name.replace(".default.weight", ".weight"): slot
-        for name, slot in slots.items()
-        if ".lora_" in name
-    }
-
-
-def _non_lora_slots(model: MGM) -> dict[str, tuple[nn.Module, str]]:
-    return {
-        "base_model.model." + name: slot
-        for name, slot in _published_slots(model).items()
-        if name.startswith(("model.mm_projector.", "model.vlm_uni_"))
-    }
-
-
-def save_lora(model: MGM, folder: Path, base_model: str = "") -> None:
-    """Write adapters in PEFT's layout, and projector and mining beside them.
-
-    Args:
-        base_model: Name or path of the language model, noted in adapter_config.json.
-
-    Raises:
-        ValueError: If no adapters are attached.
-    """
-    layer = next((m for m in model.modules() if isinstance(m, LoraLayer)), None)
-    if layer is None:
-        raise ValueError("no LoRA adapters are attached")
-    folder.mkdir(parents=True, exist_ok=True)
-    dropout = getattr(layer.lora_dropout["default"], "p", 0.0)
-    config = _lora_config(layer.r["default"], layer.lora_alpha["default"], dropout)
-    config.base_model_name_or_path = base_model
-    config.inference_mode = True
-    config.save_pretrained(str(folder))
-    adapter = _values(_adapter_slots(model))
-    _write_atomically(
-        folder / "adapter_model.safetensors",
-        lambda target: save_file(adapter, target, {"format": "pt"}),
-    )
-    others = _values(_non_lora_slots(model))
-    _write_atomically(folder / NON_LORA_FILE, lambda target: torch.save(others, target))
-    config_json = {**model.config.to_mgm_config(), "torch_dtype": str(model.dtype).split(".")[-1]}
-    _write_json(folder / "config.json", config_json)
-    _write_json(folder / "towers.json", model.config.to_towers())
-
-
-def _values(slots: Mapping[str, tuple[nn.Module, str]]) -> dict[str, Tensor]:
-    return {
-        name: getattr(module, attribute).detach().cpu().clone()
-        for name, (module, attribute) in slots.items()
-    }
-
-
-def load_lora(model: MGM, folder: Path) -> None:
-    """Attach the adapters of a folder, and fill projector and mining from beside them.
-
-    Raises:
-        InputError: If the files are missing, use a LoRA variant or do not fit the model.
-    """
-    path = folder / "adapter_config.json"
-    content = _read_json(path)
-    if content.get("use_rslora") or content.get("use_dora"):
-        raise InputError("Unsupported adapter", f"{path}: use_rslora or use_dora", "use plain LoRA")
-    if set(content.get("target_modules") or ()) != set(LORA_TARGETS):
-        raise InputError("Unsupported adapter", f"{path}: target_modules", ", ".join(LORA_TARGETS))
-    try:
-        rank, alpha = int(content["r"]), float(content["lora_alpha"])
-        dropout = float(content.get("lora_dropout", 0.0))
-    except (KeyError, TypeError, ValueError) as error:
-        raise InputError("Unusable adapter", f"{path}: {error}", "r and lora_alpha") from None
-    weights = folder / "adapter_model.safetensors"
-    if not weights.exists():
-        weights = folder / "adapter_model.bin"
-    tensors = read_tensors(weights)
-    others = read_tensors(folder / NON_LORA_FILE)
-    _inject(model, _lora_config(rank, alpha, dropout))
-    assign(_adapter_slots(model), tensors, str(weights))
-    assign(_non_lora_slots(model), others, str(folder / NON_LORA_FILE))
-
-
-# Writing files
-
-
-def _write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Write beside `path` and rename, so that a reader never meets half a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    write(partial)
-    os.replace(partial, path)
-
-
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    text = json.dumps(content, indent=2, sort_keys=True) + "\n"
-    _write_atomically(path, lambda target: target.write_text(text, encoding="utf-8"))
+def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    content = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+    write_atomically(path, lambda target: save_file(content, target, {"format": "pt"}))

@@ -8,14 +8,14 @@ It reads configuration files and never weights.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
 
 from mgm.errors import InputError
+from mgm.files import read_json
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -316,7 +316,7 @@ class ModelConfig:
         values: dict[str, Any] = {
             "name": "mgm",
             "language": _pick_language(
-                _read_json(language_dir / "config.json"), str(language_dir / "config.json")
+                read_json(language_dir / "config.json"), str(language_dir / "config.json")
             ),
             "vision": vision,
             "high_resolution": high_resolution,
@@ -376,18 +376,6 @@ _MINI: dict[str, Any] = {
 }
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError("File not found", str(path), "check the folder's path") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise InputError("Not a JSON file", f"{path}: {error}") from None
-    if not isinstance(content, dict):
-        raise InputError("Not a JSON object", str(path))
-    return content
-
-
 def _pick_language(config: Mapping[str, Any], source: str) -> dict[str, Any]:
     """Return the Gemma arguments among the keys of a config.json."""
     picked = {key: config[key] for key in LANGUAGE_FIELDS if config.get(key) is not None}
@@ -439,7 +427,7 @@ def _read_towers(config: Mapping[str, Any], towers: Mapping[str, Any] | None) ->
 
 def _read_vision(folder: Path) -> dict[str, Any]:
     """Return the vision sizes of a CLIP folder; keys left out have the library's defaults."""
-    config = _read_json(folder / "config.json")
+    config = read_json(folder / "config.json")
     vision = config.get("vision_config", config)
     if config.get("model_type") not in ("clip", "clip_vision_model"):
         raise InputError("Not a CLIP folder", f"{folder}/config.json: model_type")
@@ -453,7 +441,7 @@ def _read_normalisation(
     path = folder / "preprocessor_config.json"
     if not path.exists():
         return CLIP_MEAN, CLIP_STD
-    content = _read_json(path)
+    content = read_json(path)
     mean = content.get("image_mean", CLIP_MEAN)
     std = content.get("image_std", CLIP_STD)
     return (mean[0], mean[1], mean[2]), (std[0], std[1], std[2])
@@ -465,7 +453,7 @@ def _read_convnext(
     """Return the sizes of a ConvNeXt folder in either layout."""
     open_clip = folder / "open_clip_config.json"
     if not open_clip.exists():
-        config = _read_json(folder / "config.json")
+        config = read_json(folder / "config.json")
         if config.get("model_type") != "convnext":
             raise InputError("Not a ConvNeXt folder", f"{folder}/config.json: model_type")
         if config.get("patch_size", FUSED_STRIDE) != FUSED_STRIDE:
@@ -475,7 +463,7 @@ def _read_convnext(
             "depths": list(config.get("depths") or [3, 3, 9, 3]),
             "drop_path_rate": config.get("drop_path_rate", 0.0),
         }
-    config = _read_json(open_clip)
+    config = read_json(open_clip)
     preprocess = config.get("preprocess_cfg", {})
     if (tuple(preprocess.get("mean", image_mean)), tuple(preprocess.get("std", image_std))) != (
         tuple(image_mean),
@@ -491,8 +479,3 @@ def _read_convnext(
         known = ", ".join(CONVNEXT_SIZES)
         raise InputError("Unsupported ConvNeXt", f"{open_clip}: timm_model_name {model!r}", known)
     return {**CONVNEXT_SIZES[model], "drop_path_rate": 0.1}
-
-
-def config_fields() -> tuple[str, ...]:
-    """Return the names of the fields that `ModelConfig.from_parts` can override."""
-    return tuple(entry.name for entry in fields(ModelConfig))

@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Self
+from typing import Self, cast
 
 import torch
 import torch.nn.functional as F
@@ -54,9 +54,8 @@ class TowerFeatures:
         self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> TowerFeatures:
         """Return a copy on `device` and in `dtype`; None leaves either as it is."""
-        move = {"device": device, "dtype": dtype}
-        given = {key: value for key, value in move.items() if value is not None}
-        return TowerFeatures(self.low.to(**given), tuple(s.to(**given) for s in self.stages))
+        stages = tuple(stage.to(device=device, dtype=dtype) for stage in self.stages)
+        return TowerFeatures(self.low.to(device=device, dtype=dtype), stages)
 
     @classmethod
     def cat(cls, parts: Sequence[TowerFeatures]) -> TowerFeatures:
@@ -91,6 +90,23 @@ class ModelOutput:
     spliced: Spliced
 
 
+class NormedLinear(nn.Sequential):
+    """A linear layer behind a layer norm."""
+
+    def __init__(self, width: int, width_out: int) -> None:
+        super().__init__(nn.LayerNorm(width), nn.Linear(width, width_out))
+
+    @property
+    def norm(self) -> nn.LayerNorm:
+        """The first of the two."""
+        return cast(nn.LayerNorm, self[0])
+
+    @property
+    def linear(self) -> nn.Linear:
+        """The second of the two."""
+        return cast(nn.Linear, self[1])
+
+
 class PatchInfoMining(nn.Module):
     """Let each low-resolution token read the high-resolution window it covers.
 
@@ -106,9 +122,9 @@ class PatchInfoMining(nn.Module):
 
     def __init__(self, width: int, high_width: int, *, reassociated: bool = True) -> None:
         super().__init__()
-        self.query = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width))
-        self.key = nn.Sequential(nn.LayerNorm(high_width), nn.Linear(high_width, width))
-        self.value = nn.Sequential(nn.LayerNorm(high_width), nn.Linear(high_width, width))
+        self.query = NormedLinear(width, width)
+        self.key = NormedLinear(high_width, width)
+        self.value = NormedLinear(high_width, width)
         self.reassociated = reassociated
 
     def forward(self, low: Tensor, fused: Tensor) -> Tensor:
@@ -125,13 +141,16 @@ class PatchInfoMining(nn.Module):
             ValueError: If H is not a multiple of sqrt(N) or N is not a square.
         """
         windows = cut_windows(fused, low.shape[1])  # (B, N, M, C)
-        mine = self._mine_reassociated if self.reassociated else self._mine_published
-        return mine(self.query(low), windows)
+        query: Tensor = self.query(low)
+        if self.reassociated:
+            return self._mine_reassociated(query, windows)
+        return self._mine_published(query, windows)
 
     def _mine_published(self, query: Tensor, windows: Tensor) -> Tensor:
         key, value = self.key(windows), self.value(windows)  # (B, N, M, D), very big tensors
         logits = query[:, :, None] @ (key.transpose(-1, -2) / math.sqrt(key.shape[-1]))
-        return (logits.softmax(-1) @ value).squeeze(2)
+        mined: Tensor = (logits.softmax(-1) @ value).squeeze(2)
+        return mined
 
     def _mine_reassociated(self, query: Tensor, windows: Tensor) -> Tensor:
         """Mine with q . (W x + b) = (W^T q) . x + q . b and a V = W (a x) + b.
@@ -140,15 +159,16 @@ class PatchInfoMining(nn.Module):
         window's M-th part of projecting every cell. The weights and bias of the layer norm are
         folded in the same way, which leaves the normalised map free of parameters.
         """
-        key_norm, key_linear = self.key[0], self.key[1]
-        value_norm, value_linear = self.value[0], self.value[1]
+        key_norm, key_linear = self.key.norm, self.key.linear
+        value_norm, value_linear = self.value.norm, self.value.linear
         cells = F.layer_norm(windows, windows.shape[-1:], eps=key_norm.eps)  # (B, N, M, C)
         folded = (query @ key_linear.weight) * key_norm.weight  # (B, N, C)
         shift = query @ (key_linear.bias + key_linear.weight @ key_norm.bias)  # (B, N)
         logits = (cells @ folded[..., None]).squeeze(-1) + shift[..., None]  # (B, N, M)
         attention = (logits / math.sqrt(query.shape[-1])).softmax(-1)
         mean = (attention[:, :, None] @ cells).squeeze(2)  # (B, N, C)
-        return value_linear(mean * value_norm.weight + value_norm.bias)
+        mined: Tensor = value_linear(mean * value_norm.weight + value_norm.bias)
+        return mined
 
 
 def cut_windows(fused: Tensor, num_tokens: int) -> Tensor:
@@ -236,12 +256,12 @@ class MGM(nn.Module):
     @property
     def device(self) -> torch.device:
         """Where the language model lives."""
-        return self.language_model.lm_head.weight.device
+        return cast(torch.device, self.language_model.lm_head.weight.device)
 
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of the language model."""
-        return self.language_model.lm_head.weight.dtype
+        return cast(torch.dtype, self.language_model.lm_head.weight.dtype)
 
     @classmethod
     def preset(cls, name: str) -> Self:
@@ -274,8 +294,11 @@ class MGM(nn.Module):
             features = features.to(dtype=self.dtype)
         fused = fuse_stages(features.stages)  # (I, C, H, H)
         if self.config.image_grid == 1:
-            return self.projector(features.low + self.mining(features.low, fused))
-        return self.projector(self._mine_views(features.low, fused))
+            tokens = features.low + self.mining(features.low, fused)
+        else:
+            tokens = self._mine_views(features.low, fused)
+        rows: Tensor = self.projector(tokens)
+        return rows
 
     def _mine_views(self, low: Tensor, fused: Tensor) -> Tensor:
         """Mine every tile from its part of the map and the global view from all of it.
@@ -294,7 +317,7 @@ class MGM(nn.Module):
         channels, side = fused.shape[1], fused.shape[-1] // grid
         maps = fused.reshape(pictures, channels, grid, side, grid, side).permute(0, 2, 4, 1, 3, 5)
         maps = maps.reshape(pictures * grid * grid, channels, side, side)
-        mined = (tiles + self.mining(tiles, maps)).view(pictures, -1, width)  # (I, g * g * N, D)
+        mined: Tensor = (tiles + self.mining(tiles, maps)).view(pictures, -1, width)
         if not self.config.image_global:
             return mined
         whole = views[:, -1]  # (I, N, D)

@@ -41,10 +41,10 @@ class VisionTower(nn.Module):
             (B, N, D) in the dtype of `images`, patches in row-major order.
         """
         dtype = self.clip.embeddings.patch_embedding.weight.dtype
-        hidden = self.clip.pre_layrnorm(self.clip.embeddings(images.to(dtype)))  # (B, 1 + N, D)
+        hidden: Tensor = self.clip.pre_layrnorm(self.clip.embeddings(images.to(dtype)))
         for layer in self.clip.encoder.layers[: self.num_layers_run]:
             hidden = layer(hidden, None)
-        return hidden[:, 1:].to(images.dtype)
+        return hidden[:, 1:].to(images.dtype)  # (B, N, D)
 
 
 class HighResolutionTower(nn.Module):

@@ -232,6 +232,12 @@ def restore_questions(
                 f"{where}, field id: {record['id']!r} is not in the original dataset",
                 "A synthetic sample carries the id of the seed sample whose question it answers.",
             )
+        if len(seed["conversations"]) < 2:
+            raise InvalidInput(
+                "Unpaired conversation",
+                f"id {seed['id']!r} of the original dataset has no answer",
+                "Give the original dataset's question and answer for every id.",
+            )
         question, answer = seed["conversations"][:2]
         caption = _clean(_text(record, "text", where, may_be_empty=True), image_token)
         conversations = [dict(question), {"from": answer["from"], "value": caption}]
@@ -348,7 +354,8 @@ def relative_samples(
     Raises:
         InvalidInput: a row without a valid row id, or a picture outside the image folder.
     """
-    root = Path(os.path.abspath(image_root))
+    # Links are kept: the image folder is often one.
+    root = Path(os.path.abspath(image_root))  # noqa: PTH100
     for number, row in enumerate(exported, start=1):
         where = f"exported row {number}"
         row_id = row.get(row_field)
@@ -584,7 +591,7 @@ def _relative(path: object, seed_images: Sequence[str], root: Path, where: str) 
     for image in seed_images:
         if path == image or path.endswith(f"/{image}"):
             return image
-    absolute = Path(os.path.abspath(root / path))
+    absolute = Path(os.path.abspath(root / path))  # noqa: PTH100
     for candidate, base in ((absolute, root), (absolute.resolve(), root.resolve())):
         if candidate.is_relative_to(base):
             return candidate.relative_to(base).as_posix()
