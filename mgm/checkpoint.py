@@ -215,11 +215,18 @@ def save_full(
     folder: Path,
     tokenizer: Tokenizer | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
+    dtype: torch.dtype | None = None,
 ) -> None:
-    """Write the whole model in the published layout, in the dtype it has.
+    """Write the whole model in the published layout.
 
     All multimodal tensors share the last shard, and there is always an index, since the
     published loader needs both. The index is written last: without it the folder is incomplete.
+
+    Args:
+        tokenizer: Written beside the weights.
+        max_shard_bytes: Most that a shard of the language model takes.
+        dtype: Of the written tensors; None keeps what each has, which differ where only a part
+            was trained in float32.
 
     Raises:
         ValueError: If LoRA adapters are attached; merge them first.
@@ -228,35 +235,41 @@ def save_full(
         raise ValueError("LoRA adapters are attached: call merge_lora before save_full")
     folder.mkdir(parents=True, exist_ok=True)
     (folder / INDEX_FILE).unlink(missing_ok=True)
-    shards = _plan_shards(published_parameters(model), max_shard_bytes)
+    shards = _plan_shards(published_parameters(model), max_shard_bytes, dtype)
     weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, start=1):
         name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        _write_tensors(folder / name, shard)
+        _write_tensors(folder / name, shard, dtype)
         weight_map.update(dict.fromkeys(shard, name))
-    config = {**model.config.to_mgm_config(), "torch_dtype": str(model.dtype).split(".")[-1]}
-    write_json(folder / "config.json", config)
+    stored = str(dtype or model.dtype).removeprefix("torch.")
+    write_json(folder / "config.json", {**model.config.to_mgm_config(), "torch_dtype": stored})
     write_json(folder / "towers.json", model.config.to_towers())
     model.language_model.generation_config.save_pretrained(str(folder))
     if tokenizer is not None:
         tokenizer.save_pretrained(str(folder))
-    size = sum(value.numel() * value.element_size() for shard in shards for value in shard.values())
+    size = sum(_size(value, dtype) for shard in shards for value in shard.values())
     write_json(folder / INDEX_FILE, {"metadata": {"total_size": size}, "weight_map": weight_map})
 
 
-def _plan_shards(tensors: Mapping[str, Tensor], max_bytes: int) -> list[dict[str, Tensor]]:
+def _plan_shards(
+    tensors: Mapping[str, Tensor], max_bytes: int, dtype: torch.dtype | None
+) -> list[dict[str, Tensor]]:
     shards: list[dict[str, Tensor]] = [{}]
-    size = 0
+    taken = 0
     for name, tensor in tensors.items():
         if is_multimodal(name):
             continue
-        tensor_size = tensor.numel() * tensor.element_size()
-        if shards[-1] and size + tensor_size > max_bytes:
+        if shards[-1] and taken + _size(tensor, dtype) > max_bytes:
             shards.append({})
-            size = 0
+            taken = 0
         shards[-1][name] = tensor
-        size += tensor_size
+        taken += _size(tensor, dtype)
     return [*shards, {name: tensor for name, tensor in tensors.items() if is_multimodal(name)}]
+
+
+def _size(tensor: Tensor, dtype: torch.dtype | None) -> int:
+    """Return the bytes that a tensor takes when written in `dtype`."""
+    return tensor.numel() * (dtype or tensor.dtype).itemsize
 
 
 def read_config(folder: Path, **overrides: Any) -> ModelConfig:
@@ -276,6 +289,7 @@ def load_full(
     folder: Path,
     dtype: torch.dtype | None = None,
     *,
+    config: ModelConfig | None = None,
     weights: Path | None = None,
     vision_tower_dir: Path | None = None,
     high_resolution_tower_dir: Path | None = None,
@@ -288,13 +302,15 @@ def load_full(
 
     Args:
         dtype: Of every parameter; None takes that of the stored embedding.
+        config: Configuration to use instead of the folder's own.
         weights: A weights file to use instead of the folder's own.
         overrides: Fields of `ModelConfig` to change.
 
     Raises:
         InputError: If weights are missing or do not fit the configuration.
     """
-    config = read_config(folder, **overrides)
+    config = read_config(folder) if config is None else config
+    config = config.replace(**overrides)
     source = weights or folder
     tensors = read_tensors(source, lambda name: not name.endswith(_OLD_BUFFERS))
     _drop_lm_head(tensors, str(source))
@@ -332,6 +348,9 @@ def _tower_folder(given: Path | None, noted: str, prefix: str, checkpoint: Path)
     return folder
 
 
-def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    content = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+def _write_tensors(path: Path, tensors: Mapping[str, Tensor], dtype: torch.dtype | None) -> None:
+    content = {
+        name: value.detach().to(dtype=dtype, device="cpu").contiguous()
+        for name, value in tensors.items()
+    }
     write_atomically(path, lambda target: save_file(content, target, {"format": "pt"}))

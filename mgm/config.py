@@ -206,6 +206,11 @@ class ModelConfig:
         """Width of the language model."""
         return int(self.language["hidden_size"])
 
+    @property
+    def has_drop_path(self) -> bool:
+        """Whether the high-resolution tower is random in training mode."""
+        return self.drop_path and self.high_resolution.get("drop_path_rate", 0.1) > 0
+
     def replace(self, **changes: Any) -> Self:
         """Return a copy with `changes` applied and checked."""
         return replace(self, **changes)
@@ -309,15 +314,15 @@ class ModelConfig:
         Raises:
             InputError: If a file is missing or unusable, or the two towers normalise differently.
         """
+        language_file = language_dir / "config.json"
+        language = _pick_language(read_json(language_file), str(language_file))
         vision = _read_vision(vision_dir)
         image_mean, image_std = _read_normalisation(vision_dir)
         high_resolution = _read_convnext(high_dir, image_mean, image_std)
         side = int(vision["image_size"]) // int(vision["patch_size"])
         values: dict[str, Any] = {
             "name": "mgm",
-            "language": _pick_language(
-                read_json(language_dir / "config.json"), str(language_dir / "config.json")
-            ),
+            "language": language,
             "vision": vision,
             "high_resolution": high_resolution,
             "image_size_aux": side * 8 * FUSED_STRIDE * int(overrides.get("image_grid", 1)),
@@ -373,6 +378,8 @@ _MINI: dict[str, Any] = {
     },
     "image_size_aux": 128,
     "tokenizer_model_max_length": 512,
+    "image_mean": (0.5, 0.5, 0.5),
+    "image_std": (0.5, 0.5, 0.5),
 }
 
 

@@ -64,6 +64,7 @@ def _inject(model: MGM, config: LoraConfig) -> None:
     if any(isinstance(module, LoraLayer) for module in model.modules()):
         raise ValueError("LoRA adapters are already attached")
     inject_adapter_in_model(config, model.language_model)
+    model.language_model.train(model.training)  # new layers start in training mode, dropping out
     for name, parameter in model.language_model.named_parameters():
         if ".lora_" in name:
             parameter.data = parameter.data.float()

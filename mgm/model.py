@@ -12,7 +12,7 @@ width, C width of the fused high-resolution map, H its side, E language width, L
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Self, cast
 
@@ -220,6 +220,9 @@ def build_language_model(config: ModelConfig) -> GemmaForCausalLM:
 
     `GemmaConfig` rewrites `gelu` to the tanh approximation while it is created; published
     checkpoints were trained with the erf GELU, so the name is set afterwards.
+
+    Raises:
+        InputError: If the attention kernel that the configuration names is not installed.
     """
     arguments = dict(config.language)
     activation = arguments.pop("hidden_act", "gelu_pytorch_tanh")
@@ -228,7 +231,14 @@ def build_language_model(config: ModelConfig) -> GemmaForCausalLM:
     gemma_config = GemmaConfig(**arguments)
     gemma_config.hidden_act = activation
     gemma_config._attn_implementation = config.attention
-    return GemmaForCausalLM(gemma_config)
+    try:
+        return GemmaForCausalLM(gemma_config)
+    except ImportError as error:
+        raise InputError(
+            "Attention kernel missing",
+            f"attention = {config.attention!r}: {error}",
+            "install its package, or set attention to sdpa",
+        ) from error
 
 
 class MGM(nn.Module):
@@ -263,6 +273,21 @@ class MGM(nn.Module):
         """The dtype of the language model."""
         return cast(torch.dtype, self.language_model.lm_head.weight.dtype)
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Move or cast, keeping the rotary frequencies and the embedding's factor in float32.
+
+        They are buffers, so a cast of the module would round them: in bfloat16 positions a few
+        hundred apart would become indistinct.
+        """
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        body, device = self.language_model.model, self.device
+        frequencies, _ = body.rotary_emb.compute_default_rope_parameters(body.config)
+        body.rotary_emb.inv_freq = frequencies.to(device)
+        body.rotary_emb.original_inv_freq = frequencies.to(device)
+        factor = torch.tensor(body.embed_tokens.scalar_embed_scale, dtype=torch.float32)
+        body.embed_tokens.embed_scale = factor.to(device)
+        return self
+
     @classmethod
     def preset(cls, name: str) -> Self:
         """Build the preset `name` with random weights."""
@@ -270,7 +295,7 @@ class MGM(nn.Module):
 
     @torch.no_grad()
     def towers(self, images: Tensor | None, images_aux: Tensor) -> TowerFeatures:
-        """Run both frozen towers.
+        """Run both frozen towers, in the dtype of their weights.
 
         Args:
             images: (I, 3, R, R), or (I, V, 3, R, R) with a grid. None derives them.
@@ -278,10 +303,12 @@ class MGM(nn.Module):
         """
         if images is None:
             images = low_resolution_views(images_aux, self.config)
-        num_pictures = images_aux.shape[0]
-        low = self.vision_tower(images.flatten(0, -4))  # (I * V, N, D)
-        low = low.reshape(num_pictures, -1, low.shape[-1])  # (I, V * N, D)
-        return TowerFeatures(low, tuple(self.high_resolution_tower.stages(images_aux)))
+        # Kept out of autocast, so that features are the same whether or not they were cached.
+        with torch.autocast(images_aux.device.type, enabled=False):
+            low = self.vision_tower(images.flatten(0, -4))  # (I * V, N, D)
+            stages = tuple(self.high_resolution_tower.stages(images_aux))
+        low = low.reshape(images_aux.shape[0], -1, low.shape[-1])  # (I, V * N, D)
+        return TowerFeatures(low, stages)
 
     def project(self, features: TowerFeatures) -> Tensor:
         """Mine the high-resolution map and project: the trainable part of the vision side.
@@ -290,8 +317,11 @@ class MGM(nn.Module):
             (I, V * N, E), not yet scaled for the language model. With a global view its tokens
             come first, though its pixels come last.
         """
-        if features.low.dtype != self.dtype:
-            features = features.to(dtype=self.dtype)
+        kind = features.low.device.type
+        is_autocast = torch.is_autocast_enabled(kind)
+        weights = self.mining.query.linear.weight.dtype
+        # The map is by far the largest tensor here, so autocast's precision applies from the start.
+        features = features.to(dtype=torch.get_autocast_dtype(kind) if is_autocast else weights)
         fused = fuse_stages(features.stages)  # (I, C, H, H)
         if self.config.image_grid == 1:
             tokens = features.low + self.mining(features.low, fused)

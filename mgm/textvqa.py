@@ -192,6 +192,7 @@ class Annotation:
     image_id: str
     question: str
     answers: tuple[str, ...]
+    split: str = "val"
 
 
 # Annotations by picture id and lower-cased question.
@@ -312,8 +313,8 @@ def index_annotations(annotations: Sequence[Annotation]) -> dict[tuple[str, str]
     return {(entry.image_id, entry.question.lower()): entry for entry in annotations}
 
 
-def answers_of(question: Question, index: AnnotationIndex) -> tuple[str, ...]:
-    """Return the ten answers that belong to a question.
+def annotation_of(question: Question, index: AnnotationIndex) -> Annotation:
+    """Return the annotation that belongs to a question.
 
     Raises:
         InputError: no annotation has this picture and this question.
@@ -326,7 +327,7 @@ def answers_of(question: Question, index: AnnotationIndex) -> tuple[str, ...]:
             f"question_id {question.question_id!r} with question {asked!r} is not annotated",
             "Use the annotation file that belongs to the question file.",
         )
-    return annotation.answers
+    return annotation
 
 
 def answer_line(question: Question, answer: str, answer_id: str, model_id: str) -> dict[str, Any]:
@@ -469,6 +470,7 @@ def _parse_annotation(entry: dict[str, Any], path: Path, position: int) -> Annot
         image_id=_required_text(entry, "image_id", where),
         question=_required_text(entry, "question", where),
         answers=tuple(str(answer) for answer in answers),
+        split=str(entry.get("set_name") or "val"),
     )
 
 

@@ -125,7 +125,7 @@ def low_resolution_views(images_aux: Tensor, config: ModelConfig) -> Tensor:
         (B, 3, R, R) for a grid of 1, else (B, V, 3, R, R): tiles row by row, then the whole.
     """
     grid, side = config.image_grid, config.low_resolution
-    images = _interpolate(images_aux, side * grid)
+    images = low_resolution(images_aux, side * grid)
     if grid == 1:
         return images
     batch = images.shape[0]
@@ -133,10 +133,11 @@ def low_resolution_views(images_aux: Tensor, config: ModelConfig) -> Tensor:
     tiles = tiles.reshape(batch, grid * grid, 3, side, side)  # (B, g * g, 3, R, R)
     if not config.image_global:
         return tiles
-    return torch.cat([tiles, _interpolate(images, side)[:, None]], dim=1)
+    return torch.cat([tiles, low_resolution(images, side)[:, None]], dim=1)
 
 
-def _interpolate(images: Tensor, side: int) -> Tensor:
+def low_resolution(images: Tensor, side: int) -> Tensor:
+    """Interpolate pictures (B, 3, S, S) bilinearly, without antialiasing, to (B, 3, side, side)."""
     if images.shape[-1] == side:
         return images
     resized = F.interpolate(images.float(), size=(side, side), mode="bilinear", align_corners=False)

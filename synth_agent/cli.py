@@ -279,6 +279,7 @@ def _wait(workspace: Workspace, run_id: str) -> int:
 
 def _runs(options: argparse.Namespace) -> int:
     from synth_agent import headless, pipeline
+    from synth_agent.wording import benchmark_name
 
     runs = pipeline.list_runs(_open(options))
     if options.json:
@@ -286,7 +287,7 @@ def _runs(options: argparse.Namespace) -> int:
         return 0
     for run in runs:
         scores = "  ".join(
-            f"{headless.BENCHMARK_NAMES.get(name, name)} {score.percent:.1f}"
+            f"{benchmark_name(name)} {score.percent:.1f}"
             for name, score in run.scores.items()
         )
         print(f"{run.id:<24} {run.status:<12} {run.verdict or '':<13} {scores}".rstrip())
@@ -304,7 +305,8 @@ def _show(options: argparse.Namespace) -> int:
 def _compare(options: argparse.Namespace) -> int:
     from dataclasses import asdict
 
-    from synth_agent import headless, pipeline
+    from synth_agent import pipeline
+    from synth_agent.wording import benchmark_name
 
     workspace = _open(options)
     comparisons = pipeline.compare_runs(workspace, options.earlier, options.later)
@@ -312,7 +314,7 @@ def _compare(options: argparse.Namespace) -> int:
         print(json.dumps([asdict(comparison) for comparison in comparisons]))
         return 0
     for value in comparisons:
-        name = headless.BENCHMARK_NAMES.get(value.benchmark, value.benchmark)
+        name = benchmark_name(value.benchmark)
         print(
             f"{name:<8} {value.difference:+5.1f} points [{value.low:+.1f}, {value.high:+.1f}] "
             f"on {value.num_questions} questions: {value.verdict}"

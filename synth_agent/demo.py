@@ -16,9 +16,10 @@ from pathlib import Path
 
 from synth_agent import journal, pipeline
 from synth_agent.errors import EXIT_FAILED, EXIT_OK, InvalidInput
-from synth_agent.headless import duration, follow, narrate, proposal_text, run_data, run_text
+from synth_agent.headless import follow, narrate, proposal_text, run_data, run_text
 from synth_agent.planner import BuiltinPlanner
 from synth_agent.runs import Proposal, Run
+from synth_agent.wording import duration
 from synth_agent.workspace import SETTINGS_NAME, Workspace, open_workspace
 
 WORLD_SEED = 1

@@ -13,12 +13,12 @@ from typing import Any
 
 from synth_agent import pipeline
 from synth_agent.runs import STAGES, Event, EventTail, Proposal, Run, Score
+from synth_agent.wording import benchmark_name, duration
 from synth_agent.workspace import Workspace
 
 POLL_SECONDS = 0.2
 QUIET_SECONDS = 5.0
 """At most one progress line of a stage in this time."""
-BENCHMARK_NAMES = {"textvqa": "TextVQA", "mmbench": "MMBench"}
 _ENDED = ("succeeded", "failed", "cancelled", "interrupted")
 
 
@@ -112,18 +112,6 @@ _DESCRIBERS = {
 }
 
 
-def duration(seconds: float | None) -> str:
-    """Return a time span as people say it: `48 s`, `3 min 05 s`, `2 h 10 min`."""
-    if seconds is None:
-        return "unknown time"
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02d} s"
-    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
-
-
 def proposal_text(proposal: Proposal) -> str:
     """Return a proposal as a few lines: what, why, what it takes."""
     cost = proposal.cost
@@ -142,7 +130,7 @@ def proposal_text(proposal: Proposal) -> str:
 
 def score_text(score: Score) -> str:
     """Return a score with its interval and chance level."""
-    name = BENCHMARK_NAMES.get(score.benchmark, score.benchmark)
+    name = benchmark_name(score.benchmark)
     return (
         f"{name:<8} {score.percent:5.1f} % [{score.low:.1f}, {score.high:.1f}]  "
         f"chance {score.chance:.1f} %  {score.num_questions} questions  ({score.metric})"
@@ -157,7 +145,7 @@ def run_text(run: Run) -> str:
         lines.append(f"  samples  {result['kept']:,} of {result['seed_samples']:,}")
     lines += [f"  {score_text(score)}" for score in run.scores.values()]
     for comparison in run.comparisons.values():
-        name = BENCHMARK_NAMES.get(comparison.benchmark, comparison.benchmark)
+        name = benchmark_name(comparison.benchmark)
         lines.append(
             f"  {name:<8} {comparison.difference:+5.1f} points "
             f"[{comparison.low:+.1f}, {comparison.high:+.1f}] against {comparison.parent}: "

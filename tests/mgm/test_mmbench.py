@@ -12,6 +12,7 @@ from openpyxl import load_workbook
 
 from mgm import mmbench
 from mgm.errors import InputError
+from mgm.prompt import generation_prompt
 
 GOLDEN = Path(__file__).parent.parent / "data" / "golden" / "mmbench"
 EXPECTED = json.loads((GOLDEN / "expected.json").read_text())
@@ -66,11 +67,7 @@ def test_model_prompts(
 ) -> None:
     expected = EXPECTED[name]["first_model_prompts"]
     asked = [r for q in questions for r in mmbench.rounds(q, all_rounds=all_rounds)]
-    made = [
-        f"<start_of_turn>user\n<image>\n{r.model_text(language)}"
-        "<end_of_turn>\n<start_of_turn>model\n"
-        for r in asked[: len(expected)]
-    ]
+    made = [generation_prompt(r.model_text(language)) for r in asked[: len(expected)]]
     assert made == expected
 
 

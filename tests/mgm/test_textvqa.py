@@ -42,7 +42,9 @@ def test_answer_file_joins_with_annotations_and_scores() -> None:
     scores = []
     for line in lines:
         question = textvqa.Question(line["question_id"], "unused.jpg", line["prompt"])
-        scores.append(textvqa.accuracy(line["text"], textvqa.answers_of(question, index)))
+        scores.append(
+            textvqa.accuracy(line["text"], textvqa.annotation_of(question, index).answers)
+        )
     assert len(scores) == expected["samples"]
     assert sum(scores) / len(scores) == pytest.approx(expected["accuracy"], abs=1e-9)
 
@@ -76,7 +78,7 @@ def test_built_prompt_gives_its_question_back(tokens: list[str] | None) -> None:
     assert len(question.text.split("\n")) == (2 if tokens is None else 3)
     assert question.text.endswith("\n" + textvqa.INSTRUCTION)
     index = textvqa.index_annotations([annotation])
-    assert textvqa.answers_of(question, index) == annotation.answers
+    assert textvqa.annotation_of(question, index) == annotation
 
 
 def test_prompt_with_ocr_tokens_is_written_as_in_the_question_file() -> None:

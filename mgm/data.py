@@ -1,0 +1,310 @@
+"""Pictures and conversations as the model takes them: preprocessing, the dataset, collation.
+
+Preprocessing is Pillow and plain arithmetic and reproduces the original's pixels exactly. A picture
+that is missing or broken, and a record that would train on the wrong picture, is an error that names
+the record; nothing is replaced in silence.
+
+Source: Mini-Gemini's training code, `mgm/train/train.py` (LazySupervisedDataset and collator) and
+`mgm/mm_utils.py`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from mgm.errors import InputError
+from mgm.model import IGNORE_INDEX
+from mgm.prompt import IMAGE_MARKER, Encoded, Template, encode
+
+AspectRatio = Literal["pad", "square"]
+DATA_JUICER_MARKER = "<__dj__image>"
+_NAMED = 5
+"""Records named in a message; the rest is counted."""
+
+
+def preprocess_image(
+    image: Image.Image,
+    size: int,
+    aspect_ratio: AspectRatio,
+    mean: Sequence[float],
+    std: Sequence[float],
+) -> Tensor:
+    """Return a picture as the high-resolution tower takes it.
+
+    Args:
+        image: Any mode.
+        size: S, side of the result in pixels.
+        aspect_ratio: `pad` pastes on a square of the mean colour; `square` crops the centre.
+        mean: Per channel, of values from 0 to 1.
+        std: Likewise.
+
+    Returns:
+        (3, S, S), float32, normalised.
+    """
+    pixels = _resize_and_crop(_squared(image.convert("RGB"), aspect_ratio, mean), size)
+    values = torch.from_numpy(np.array(pixels)).permute(2, 0, 1).float() / 255  # (3, S, S)
+    return (values - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
+
+
+def low_resolution(images_aux: Tensor, size: int) -> Tensor:
+    """Shrink normalised pictures (B, 3, S, S) to (B, 3, size, size).
+
+    Plain bilinear interpolation without antialiasing, as published: the low-resolution tower does
+    not see what its own preprocessing would have given it.
+    """
+    return F.interpolate(images_aux, size=(size, size), mode="bilinear", align_corners=False)
+
+
+def _squared(image: Image.Image, aspect_ratio: AspectRatio, mean: Sequence[float]) -> Image.Image:
+    width, height = image.size
+    if aspect_ratio == "square" or width == height:
+        return image
+    side = max(width, height)
+    red, green, blue = (int(value * 255) for value in mean)
+    canvas = Image.new("RGB", (side, side), (red, green, blue))
+    canvas.paste(image, ((side - width) // 2, (side - height) // 2))
+    return canvas
+
+
+def _resize_and_crop(image: Image.Image, size: int) -> Image.Image:
+    width, height = image.size
+    short, long = min(width, height), max(width, height)
+    longer = int(size * long / short)
+    target = (size, longer) if width <= height else (longer, size)
+    resized = image.resize(target, Image.Resampling.BICUBIC)
+    left, top = (target[0] - size) // 2, (target[1] - size) // 2
+    return resized.crop((left, top, left + size, top + size))
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A micro-batch on its way into the model."""
+
+    input_ids: Tensor
+    """(B, T), padded on the right."""
+    labels: Tensor
+    attention_mask: Tensor
+    pictures: tuple[int | None, ...]
+    """Per image slot the position of its picture in `InstructionDataset.pictures`; None for the
+    blank one that a text-only row consumes."""
+    record_ids: tuple[str, ...]
+
+
+class InstructionDataset:
+    """LLaVA-format records, tokenised, with the pictures they name.
+
+    Args:
+        path: JSON array of records with `id`, `conversations` and optionally `image`.
+        images: Folder that image paths are relative to.
+        tokenizer: Of the language model.
+        template: Conversation template.
+        model_max_length: Longest text in tokens.
+
+    Raises:
+        InputError: Naming the file, the record and the fix.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        images: Path,
+        tokenizer: PreTrainedTokenizerBase,
+        template: Template = "gemma",
+        model_max_length: int = 2048,
+    ) -> None:
+        self.path = path
+        self.images = images
+        self.model_max_length = model_max_length
+        self.pad_id = int(tokenizer.pad_token_id)
+        self.records = read_records(path)
+        check_records(path, self.records, images)
+        self.encoded = [
+            _encode_record(path, record, tokenizer, template, model_max_length)
+            for record in self.records
+        ]
+        names = dict.fromkeys(record["image"] for record in self.records if "image" in record)
+        self.pictures: list[str] = list(names)
+        self._picture_of = {name: position for position, name in enumerate(self.pictures)}
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def record_id(self, index: int) -> str:
+        """Return a record's own id, or its position when it has none."""
+        return str(self.records[index].get("id", index))
+
+    @property
+    def num_without_labels(self) -> int:
+        """Records that teach nothing, because their answers could not be told from the rest."""
+        return sum(encoded.num_labels == 0 for encoded in self.encoded)
+
+    def modality_lengths(self) -> list[int]:
+        """Return each record's length in words, negative without a picture."""
+        lengths = []
+        for record in self.records:
+            words = sum(len(message["value"].split()) for message in record["conversations"])
+            lengths.append(words if "image" in record else -words)
+        return lengths
+
+    def load_picture(
+        self,
+        position: int,
+        size: int,
+        aspect_ratio: AspectRatio,
+        mean: Sequence[float],
+        std: Sequence[float],
+    ) -> Tensor:
+        """Return picture `position` as (3, size, size).
+
+        Raises:
+            InputError: If it cannot be decoded, naming the records that use it.
+        """
+        name = self.pictures[position]
+        try:
+            with Image.open(self.images / name) as image:
+                return preprocess_image(image, size, aspect_ratio, mean, std)
+        except (OSError, UnidentifiedImageError, SyntaxError, ValueError) as error:
+            users = [
+                self.record_id(index)
+                for index, record in enumerate(self.records)
+                if record.get("image") == name
+            ]
+            raise InputError(
+                "Picture cannot be read",
+                f"{self.images / name}, used by record {_listed(users)}: {error}",
+                "replace the picture, or leave the record out of the data",
+            ) from error
+
+    def collate(self, indices: Sequence[int]) -> Batch:
+        """Return the micro-batch of these records, padded to its longest row."""
+        rows = [self.encoded[index] for index in indices]
+        length = min(max(len(row.input_ids) for row in rows), self.model_max_length)
+        ids = torch.full((len(rows), length), self.pad_id, dtype=torch.long)
+        labels = torch.full((len(rows), length), IGNORE_INDEX, dtype=torch.long)
+        for position, row in enumerate(rows):
+            cut = min(len(row.input_ids), length)
+            ids[position, :cut] = torch.tensor(row.input_ids[:cut])
+            labels[position, :cut] = torch.tensor(row.labels[:cut])
+        pictures = tuple(
+            self._picture_of[self.records[index]["image"]]
+            if "image" in self.records[index]
+            else None
+            for index in indices
+        )
+        return Batch(
+            ids,
+            labels,
+            (ids != self.pad_id).long(),
+            pictures,
+            tuple(self.record_id(index) for index in indices),
+        )
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """Read a LLaVA JSON file.
+
+    Raises:
+        InputError: If the file is missing, is not JSON, or is not an array of objects.
+    """
+    try:
+        records = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError("Data file cannot be read", f"{path}: {error.strerror}") from error
+    except json.JSONDecodeError as error:
+        raise InputError("Data file is not JSON", f"{path}: {error}") from error
+    if not isinstance(records, list) or not all(isinstance(record, dict) for record in records):
+        raise InputError("Data file is not a LLaVA file", f"{path}: expected an array of objects")
+    if not records:
+        raise InputError("Data file is empty", f"{path}", "training needs at least one record")
+    return records
+
+
+def check_records(path: Path, records: Sequence[Mapping[str, Any]], images: Path) -> None:
+    """Refuse records that would train on nothing or on the wrong picture.
+
+    An image marker inside an answer makes one record consume two pictures, after which every
+    following row of the batch sees another row's picture.
+
+    Raises:
+        InputError: Naming the first records of the first problem found.
+    """
+    malformed, marked, missing = [], [], []
+    for index, record in enumerate(records):
+        name = str(record.get("id", index))
+        messages: Any = record.get("conversations")
+        if not _is_conversation(messages):
+            malformed.append(name)
+            continue
+        answers = [m["value"] for m in messages if m["from"] == "gpt"]
+        is_marked = "image" in record and any(IMAGE_MARKER in answer for answer in answers)
+        if is_marked or any(DATA_JUICER_MARKER in message["value"] for message in messages):
+            marked.append(name)
+        if "image" in record and not (images / str(record["image"])).is_file():
+            missing.append(f"{name} ({record['image']})")
+    if malformed:
+        raise InputError(
+            "Records without a conversation",
+            f"{path}: record {_listed(malformed)}",
+            "each record needs `conversations`: messages with text in `from` and `value`",
+        )
+    if marked:
+        raise InputError(
+            "Image marker in the text",
+            f"{path}: record {_listed(marked)}",
+            f"an answer must not hold {IMAGE_MARKER}, and no text {DATA_JUICER_MARKER}: "
+            "convert with the marker that the data uses",
+        )
+    if missing:
+        raise InputError(
+            "Pictures are missing",
+            f"{path}: record {_listed(missing)}",
+            f"put them under {images}, or leave the records out",
+        )
+
+
+def _is_conversation(messages: object) -> bool:
+    return (
+        isinstance(messages, list)
+        and len(messages) > 0
+        and all(
+            isinstance(message, dict)
+            and isinstance(message.get("from"), str)
+            and isinstance(message.get("value"), str)
+            for message in messages
+        )
+    )
+
+
+def _encode_record(
+    path: Path,
+    record: Mapping[str, Any],
+    tokenizer: PreTrainedTokenizerBase,
+    template: Template,
+    model_max_length: int,
+) -> Encoded:
+    try:
+        return encode(
+            record["conversations"], tokenizer, template, "image" in record, model_max_length
+        )
+    except InputError as error:
+        raise InputError(
+            error.title, f"{path}: record {record.get('id')}: {error.message}", error.hint
+        ) from error
+
+
+def _listed(names: Sequence[str]) -> str:
+    """Name the first few and count the rest."""
+    shown = ", ".join(names[:_NAMED])
+    more = len(names) - _NAMED
+    return f"{shown} and {more} more" if more > 0 else shown

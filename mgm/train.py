@@ -1,0 +1,406 @@
+"""Train one stage of MGM.
+
+    python -m mgm.train --stage pretrain --language-model DIR --vision-tower DIR \\
+        --high-resolution-tower DIR --data stage_1.json --images DIR --output DIR
+    python -m mgm.train --config finetune.yaml --progress progress.jsonl
+
+Pretraining trains projector and mining on captions; finetuning continues with them and the language
+model, in full or by LoRA. An unfinished output folder with the same settings is continued: after
+`kill -9` the final weights are those of an undisturbed run. `train_state.json` is written last.
+Exit codes are those of `mgm.program`.
+
+Source of the procedure: the Better Synth kit's training scripts and the trainer behind them; the
+loss of a step is the mean over micro-batches of each one's mean over its labels.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import signal
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from types import FrameType
+
+import torch
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from mgm.checkpoint import (
+    PROJECTOR_FILE,
+    attach_lora,
+    build_model,
+    load_projector,
+    save_full,
+    save_lora,
+    save_projector,
+)
+from mgm.config import ModelConfig
+from mgm.data import Batch, InstructionDataset
+from mgm.errors import InputError
+from mgm.features import PictureFeatures
+from mgm.files import write_json
+from mgm.model import MGM, init_vision_modules
+from mgm.optimization import Schedule, clip_gradients, parameter_groups, set_learning_rate
+from mgm.program import EXIT_INTERRUPTED, EXIT_TERMINATED, run_program
+from mgm.progress import Progress
+from mgm.sampling import grouped_order, shuffled_order
+from mgm.settings import parse_settings
+from mgm.train_settings import TrainSettings
+from mgm.training_state import TrainingState, load_state, save_state
+
+METRICS_FILE = "metrics.jsonl"
+FINISHED_FILE = "train_state.json"
+UNLABELLED_SHARE = 0.01
+"""More records than this without a label are refused: the template does not fit the data."""
+
+Order = Callable[[int], list[int]]
+"""Epoch -> positions of its samples."""
+
+
+class Trainer:
+    """The loop over optimizer steps.
+
+    Args:
+        model: On its device, with only what is trained requiring gradients.
+        dataset: The records.
+        features: Of the pictures.
+        settings: Of the stage.
+        order: Samples of each epoch; None follows the settings.
+    """
+
+    def __init__(
+        self,
+        model: MGM,
+        dataset: InstructionDataset,
+        features: PictureFeatures,
+        settings: TrainSettings,
+        order: Order | None = None,
+    ) -> None:
+        self.model = model
+        self.dataset = dataset
+        self.features = features
+        self.settings = settings
+        self.order = order or self._order
+        self.trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        self.optimizer = torch.optim.AdamW(
+            parameter_groups(
+                self.trained.items(),
+                settings.learning_rate,
+                settings.projector_learning_rate,
+                settings.weight_decay,
+            ),
+            betas=(settings.adam_beta1, settings.adam_beta2),
+            eps=settings.adam_eps,
+        )
+        total = settings.total_steps(len(dataset))
+        self.schedule = Schedule(total, settings.warmup_ratio)
+        self.stop_signal: int | None = None
+        self._epoch: tuple[int, list[int]] = (-1, [])
+
+    def run(self, state: TrainingState, progress: Progress) -> bool:
+        """Train until the last step or a signal; return whether the last step was reached."""
+        settings, total = self.settings, self.schedule.total_steps
+        self.model.train()
+        metrics = settings.output / METRICS_FILE
+        _keep_lines(metrics, state.step // settings.logging_steps)
+        started, samples_before = time.monotonic(), state.samples_seen
+        seconds_before = state.seconds
+        while state.step < total and self.stop_signal is None:
+            loss, norm, rate = self.step(state)
+            state.seconds = seconds_before + time.monotonic() - started
+            if state.step % settings.logging_steps == 0 or state.step == total:
+                window = state.losses[-settings.logging_steps :]
+                speed = (state.samples_seen - samples_before) / (time.monotonic() - started)
+                values = {"loss": sum(window) / len(window), "lr": rate, "grad_norm": norm}
+                self._report(metrics, state.step, speed, values, progress)
+            if state.step % settings.save_steps == 0 and state.step < total:
+                self.save(state)
+        self.save(state)
+        return state.step == total
+
+    def _report(
+        self, metrics: Path, step: int, speed: float, values: dict[str, float], progress: Progress
+    ) -> None:
+        progress.update(
+            step=step,
+            total=self.schedule.total_steps,
+            unit="steps",
+            samples_per_second=speed,
+            loss=values["loss"],
+            lr=values["lr"],
+            grad_norm=values["grad_norm"],
+        )
+        with metrics.open("a", encoding="utf-8") as lines:
+            lines.write(json.dumps({"step": step, **values}) + "\n")
+
+    def save(self, state: TrainingState) -> None:
+        """Write the state to resume from."""
+        save_state(self.settings.output / "state", state, self.trained, self.optimizer)
+
+    def step(self, state: TrainingState) -> tuple[float, float, float]:
+        """Do one optimizer step and return its loss, gradient norm and the next step's rate.
+
+        Raises:
+            InputError: If the loss or the gradient is not a number, naming step and records.
+        """
+        set_learning_rate(self.optimizer, self.schedule.factor(state.step))
+        self.optimizer.zero_grad(set_to_none=True)
+        total = 0.0
+        for indices in self._micro_batches(state.step):
+            batch = self.dataset.collate(indices)
+            total += self._accumulate(batch, state)
+        norm = float(clip_gradients(self.trained.values(), self.settings.max_grad_norm))
+        if not norm < float("inf"):
+            raise _not_a_number("gradient", norm, state.step, ())
+        self.optimizer.step()
+        state.step += 1
+        state.losses.append(total)
+        rate = set_learning_rate(self.optimizer, self.schedule.factor(state.step))
+        return total, norm, rate
+
+    def _accumulate(self, batch: Batch, state: TrainingState) -> float:
+        """Add a micro-batch's gradient and return its share of the step's loss."""
+        device = self.model.device
+        state.samples_seen += len(batch.record_ids)
+        with self._autocast():
+            output = self.model(
+                batch.input_ids.to(device),
+                batch.labels.to(device),
+                batch.attention_mask.to(device),
+                features=self.features.of(batch.pictures),
+            )
+        if output.num_labels == 0:
+            state.unlabelled_micro_batches += 1
+            return 0.0
+        loss = output.loss / self.settings.accumulation_steps
+        value = float(loss.detach())
+        if not abs(value) < float("inf"):
+            raise _not_a_number("loss", value, state.step, batch.record_ids)
+        loss.backward()
+        return value
+
+    def _autocast(self) -> torch.autocast | nullcontext[None]:
+        if self.settings.dtype == "float32":
+            return nullcontext()
+        return torch.autocast(self.model.device.type, torch.bfloat16)
+
+    def _micro_batches(self, step: int) -> list[list[int]]:
+        """Return the micro-batches of an optimizer step; an epoch's left-over one is dropped."""
+        per_epoch = self.settings.steps_per_epoch(len(self.dataset))
+        epoch, position = divmod(step, per_epoch)
+        if self._epoch[0] != epoch:
+            self._epoch = (epoch, self.order(epoch))
+        size = self.settings.micro_batch_size
+        start = position * self.settings.global_batch_size
+        samples = self._epoch[1][start : start + self.settings.global_batch_size]
+        return [samples[i : i + size] for i in range(0, len(samples), size)]
+
+    def _order(self, epoch: int) -> list[int]:
+        seed = self.settings.data_seed + epoch
+        if not self.settings.group_by_modality_length:
+            return shuffled_order(len(self.dataset), seed)
+        return grouped_order(
+            self.dataset.modality_lengths(),
+            self.settings.micro_batch_size,
+            self.settings.accumulation_steps,
+            torch.Generator().manual_seed(seed),
+        )
+
+
+def prepare_model(settings: TrainSettings) -> tuple[MGM, PreTrainedTokenizerBase]:
+    """Build the model of a stage, on its device, with what is trained unfrozen and in float32.
+
+    Raises:
+        InputError: If a part is missing or does not fit.
+    """
+    config = ModelConfig.from_parts(
+        settings.language_model,
+        settings.vision_tower,
+        settings.high_resolution_tower,
+        name=settings.model,
+        tokenizer_model_max_length=settings.model_max_length,
+        image_aspect_ratio=settings.image_aspect_ratio,
+        drop_path=settings.drop_path,
+        reassociated_mining=settings.numerics == "fast",
+    )
+    dtype = torch.bfloat16 if settings.dtype == "bfloat16" else torch.float32
+    model = build_model(
+        config,
+        settings.language_model,
+        settings.vision_tower,
+        settings.high_resolution_tower,
+        dtype,
+    )
+    init_vision_modules(model, settings.seed)
+    if settings.projector is not None:
+        load_projector(model, settings.projector)
+    unfreeze(model, settings)
+    if settings.gradient_checkpointing:
+        model.language_model.gradient_checkpointing_enable({"use_reentrant": False})
+    tokenizer = AutoTokenizer.from_pretrained(str(settings.language_model), local_files_only=True)
+    return model.to(_device(settings)), tokenizer
+
+
+def unfreeze(model: MGM, settings: TrainSettings) -> None:
+    """Let exactly what the method trains require gradients, as float32 master weights."""
+    model.requires_grad_(False)
+    if settings.method == "lora":
+        torch.manual_seed(settings.seed)
+        attach_lora(model, settings.lora_rank, settings.lora_alpha, settings.lora_dropout)
+    elif settings.method == "full":
+        model.language_model.requires_grad_(True)
+    for module in (model.projector, model.mining):
+        module.requires_grad_(True)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+
+
+def train(settings: TrainSettings, progress: Progress) -> None:
+    """Run a stage to its end, or continue it.
+
+    Raises:
+        InputError: If anything that it was given is wrong.
+        SystemExit: On a signal, after the state was saved.
+    """
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
+    if (settings.output / FINISHED_FILE).exists():
+        return
+    progress.update(step=0, total=0, unit="steps", label="loading weights")
+    model, tokenizer = prepare_model(settings)
+    dataset = InstructionDataset(
+        settings.data, settings.images, tokenizer, model_max_length=settings.model_max_length
+    )
+    _refuse_unlabelled(dataset)
+    model.train()
+    features = PictureFeatures(model, dataset, settings.workers, settings.image_aspect_ratio)
+    if settings.cache_features:
+        features.cache(progress)
+    trainer = Trainer(model, dataset, features, settings)
+    torch.manual_seed(settings.data_seed)
+    state = load_state(
+        settings.output / "state", _digest(settings), trainer.trained, trainer.optimizer
+    )
+    settings.output.mkdir(parents=True, exist_ok=True)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, _stopper(trainer))
+    if not trainer.run(state, progress):
+        raise SystemExit(
+            EXIT_TERMINATED if trainer.stop_signal == signal.SIGTERM else EXIT_INTERRUPTED
+        )
+    save_weights(model, tokenizer, settings)
+    _write_finished(settings, dataset, state)
+
+
+def save_weights(model: MGM, tokenizer: PreTrainedTokenizerBase, settings: TrainSettings) -> None:
+    """Write what the stage made, under the published names."""
+    model.eval()
+    if settings.method == "projector":
+        save_projector(model, settings.output / PROJECTOR_FILE)
+        config = {**model.config.to_mgm_config(), "tune_mm_mlp_adapter": True}
+        write_json(settings.output / "config.json", config)
+        write_json(settings.output / "towers.json", model.config.to_towers())
+    elif settings.method == "lora":
+        save_lora(model, settings.output, str(settings.language_model))
+    else:
+        save_full(model, settings.output, tokenizer)
+
+
+def _write_finished(
+    settings: TrainSettings, dataset: InstructionDataset, state: TrainingState
+) -> None:
+    """Write the mark of completeness, then remove the state that is no longer needed."""
+    last = state.losses[-10:]
+    content = {
+        "finished": True,
+        "steps": state.step,
+        "samples": len(dataset),
+        "samples_seen": state.samples_seen,
+        "final_loss": sum(last) / len(last),
+        "seconds": state.seconds,
+        "records_without_labels": dataset.num_without_labels,
+        "unlabelled_micro_batches": state.unlabelled_micro_batches,
+        "seed": settings.seed,
+        "data_seed": settings.data_seed,
+        "settings": settings.what_decides_the_result(),
+    }
+    write_json(settings.output / FINISHED_FILE, content)
+    for path in (settings.output / "state").glob("*"):
+        path.unlink()
+    (settings.output / "state").rmdir()
+
+
+def _refuse_unlabelled(dataset: InstructionDataset) -> None:
+    unlabelled = [
+        dataset.record_id(index)
+        for index, encoded in enumerate(dataset.encoded)
+        if encoded.num_labels == 0
+    ]
+    if len(unlabelled) > UNLABELLED_SHARE * len(dataset):
+        raise InputError(
+            "Records teach nothing",
+            f"{dataset.path}: {len(unlabelled)} of {len(dataset)} records have no token to learn, "
+            f"for example {', '.join(unlabelled[:5])}",
+            "an answer is empty, missing, or holds a token of the chat template",
+        )
+    if unlabelled:
+        print(f"{len(unlabelled)} records have no token to learn", file=sys.stderr)
+
+
+def _digest(settings: TrainSettings) -> str:
+    content = json.dumps(settings.what_decides_the_result(), sort_keys=True).encode()
+    return hashlib.sha256(content + hashlib.sha256(settings.data.read_bytes()).digest()).hexdigest()
+
+
+def _stopper(trainer: Trainer) -> Callable[[int, FrameType | None], None]:
+    """Return a handler that lets the step at work finish; a second signal ends at once."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        if trainer.stop_signal is not None:
+            raise SystemExit(128 + number)
+        trainer.stop_signal = number
+
+    return stop
+
+
+def _keep_lines(path: Path, count: int) -> None:
+    """Cut a metrics file back to where the state that is continued was."""
+    if path.exists():
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        path.write_text("".join(lines[:count]), encoding="utf-8")
+
+
+def _not_a_number(what: str, value: float, step: int, record_ids: Sequence[str]) -> InputError:
+    records = f", records {', '.join(record_ids)}" if record_ids else ""
+    return InputError(
+        f"The {what} is not a number",
+        f"{what} = {value} at step {step + 1}{records}",
+        "lower the learning rate, or look at these records; the last saved state is kept",
+    )
+
+
+def _device(settings: TrainSettings) -> torch.device:
+    if settings.device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if settings.device == "cuda" and not torch.cuda.is_available():
+        raise InputError("No GPU", "device = 'cuda'", "use device = 'cpu' or 'auto'")
+    return torch.device(settings.device)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the program and return its exit code."""
+    return run_program(
+        lambda: parse_settings(
+            TrainSettings, arguments, program="python -m mgm.train", description=__doc__ or ""
+        ),
+        lambda settings: settings.progress,
+        train,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,112 @@
+"""Settings of one training stage, and what they amount to. Defaults are the kit's for stage 1."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from mgm.errors import InputError
+
+
+def _setting(default: Any, text: str) -> Any:
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """Everything that `python -m mgm.train` can be told."""
+
+    stage: Literal["pretrain", "finetune"] = field(metadata={"help": "pretrain or finetune"})
+    language_model: Path = field(metadata={"help": "Gemma folder"})
+    vision_tower: Path = field(metadata={"help": "CLIP folder"})
+    high_resolution_tower: Path = field(metadata={"help": "ConvNeXt folder"})
+    data: Path = field(metadata={"help": "LLaVA JSON file"})
+    images: Path = field(metadata={"help": "folder that image paths are relative to"})
+    output: Path = field(metadata={"help": "folder for the weights; an unfinished one is resumed"})
+    projector: Path | None = _setting(None, "mm_projector.bin of pretraining; finetune needs it")
+    model: str = _setting("mgm-2b", "name noted in the output's config")
+    method: Literal["projector", "full", "lora"] = _setting("projector", "what is trained")
+    learning_rate: float = _setting(1e-3, "peak rate")
+    projector_learning_rate: float | None = _setting(None, "peak rate of the projector alone")
+    weight_decay: float = _setting(0.0, "AdamW's decay of weights")
+    adam_beta1: float = _setting(0.9, "AdamW's first decay rate")
+    adam_beta2: float = _setting(0.999, "AdamW's second decay rate")
+    adam_eps: float = _setting(1e-8, "AdamW's epsilon")
+    warmup_ratio: float = _setting(0.03, "share of the steps in which the rate rises")
+    max_grad_norm: float = _setting(1.0, "gradients are clipped to this norm, all together")
+    epochs: float = _setting(1.0, "passes over the data, when max_steps is 0")
+    max_steps: int = _setting(0, "optimizer steps; 0 means as many as the epochs give")
+    global_batch_size: int = _setting(256, "samples of one optimizer step")
+    micro_batch_size: int = _setting(8, "samples that go through the model together")
+    seed: int = _setting(1024, "seed of the trained modules' initialisation")
+    data_seed: int = _setting(42, "seed of the order of samples and of dropout")
+    model_max_length: int = _setting(2048, "longest sequence in tokens, pictures included")
+    image_aspect_ratio: Literal["square", "pad"] = _setting("square", "crop, or pad to a square")
+    group_by_modality_length: bool = _setting(False, "neighbours of like length and modality")
+    lora_rank: int = _setting(64, "rank of the adapters")
+    lora_alpha: float = _setting(16.0, "scale of the adapters, divided by the rank")
+    lora_dropout: float = _setting(0.05, "dropout before the adapters")
+    dtype: Literal["float32", "bfloat16"] = _setting(
+        "bfloat16", "of frozen weights and arithmetic; trained weights are float32"
+    )
+    drop_path: bool = _setting(True, "keep the frozen ConvNeXt's stochastic depth, as published")
+    cache_features: bool = _setting(False, "encode every picture once and keep the result")
+    gradient_checkpointing: bool = _setting(True, "recompute activations to save memory")
+    numerics: Literal["reference", "fast"] = _setting(
+        "reference", "reference: mining as published; fast: mining reassociated"
+    )
+    save_steps: int = _setting(100, "optimizer steps between two states to resume from")
+    logging_steps: int = _setting(1, "optimizer steps between two reports")
+    device: Literal["auto", "cpu", "cuda"] = _setting("auto", "auto takes a GPU if there is one")
+    threads: int = _setting(0, "CPU threads; 0 leaves the default")
+    workers: int = _setting(4, "threads that decode pictures")
+    progress: Path | None = _setting(None, "file to which progress is appended")
+
+    def __post_init__(self) -> None:
+        """Refuse settings that cannot work.
+
+        Raises:
+            InputError: Naming the setting.
+        """
+        least = {"learning_rate": 0.0, "max_grad_norm": 0.0, "epochs": 0.0}
+        for name, bound in least.items():
+            if not getattr(self, name) > bound:
+                raise _bad(name, getattr(self, name), f"it must be above {bound:g}")
+        for name in ("global_batch_size", "micro_batch_size", "save_steps", "logging_steps"):
+            if getattr(self, name) < 1:
+                raise _bad(name, getattr(self, name), "it must be 1 or more")
+        if self.global_batch_size % self.micro_batch_size:
+            raise _bad(
+                "micro_batch_size",
+                self.micro_batch_size,
+                f"it must divide global_batch_size = {self.global_batch_size}",
+            )
+        if self.stage == "pretrain" and self.method != "projector":
+            raise _bad("method", self.method, "pretraining trains the projector and the mining")
+        if self.stage == "finetune" and self.projector is None:
+            raise _bad("projector", None, "give the mm_projector.bin of the pretraining")
+
+    @property
+    def accumulation_steps(self) -> int:
+        """Micro-batches of one optimizer step."""
+        return self.global_batch_size // self.micro_batch_size
+
+    def steps_per_epoch(self, num_samples: int) -> int:
+        """Return the optimizer steps of one pass; what is left over is not applied."""
+        return max(1, math.ceil(num_samples / self.micro_batch_size) // self.accumulation_steps)
+
+    def total_steps(self, num_samples: int) -> int:
+        """Return the optimizer steps of the whole stage."""
+        return self.max_steps or math.ceil(self.epochs * self.steps_per_epoch(num_samples))
+
+    def what_decides_the_result(self) -> dict[str, Any]:
+        """Return the settings that the weights depend on, as plain data."""
+        aside = ("output", "progress", "threads", "workers", "save_steps", "logging_steps")
+        values = {name: value for name, value in asdict(self).items() if name not in aside}
+        return {name: str(v) if isinstance(v, Path) else v for name, v in values.items()}
+
+
+def _bad(name: str, value: object, reason: str) -> InputError:
+    return InputError("Wrong setting", f"{name} = {value!r}", reason)

@@ -1,0 +1,88 @@
+"""Content digests of files and folders, remembered so that unchanged data costs only a stat.
+
+Owns `artifacts/cache/digests.json`: for every file its size, modification time, inode and sha256.
+The memory can be deleted at any time; it changes how long a digest takes, never what it is.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+from synth_agent.errors import InvalidInput
+from synth_agent.workspace import Workspace
+
+_BLOCK_BYTES = 1 << 20
+_Known = dict[str, tuple[list[int], str]]
+
+
+class Digests:
+    """Digests of a workspace's inputs. Call `save` to remember what was read."""
+
+    def __init__(self, workspace: Workspace) -> None:
+        self._file = workspace.artifacts / "cache" / "digests.json"
+        self._known = _load(self._file)
+        self._changed = False
+
+    def path(self, path: Path) -> str:
+        """Return the sha256 of a file, or of a folder's sorted relative paths and contents.
+
+        Raises:
+            InvalidInput: If there is no such file or folder.
+        """
+        if path.is_dir():
+            return self.files(path, sorted(f for f in path.rglob("*") if f.is_file()))
+        return self._of_file(path)
+
+    def files(self, root: Path, paths: Iterable[Path]) -> str:
+        """Return one sha256 of files under `root`, in the order given."""
+        total = hashlib.sha256()
+        for path in paths:
+            name = path.relative_to(root).as_posix()
+            total.update(f"{name}\0{self._of_file(path)}\n".encode())
+        return total.hexdigest()
+
+    def save(self) -> None:
+        """Write the memory, completely or not at all."""
+        if not self._changed:
+            return
+        self._file.parent.mkdir(parents=True, exist_ok=True)
+        partial = self._file.with_name(f"{self._file.name}.{os.getpid()}")
+        partial.write_text(json.dumps(self._known), encoding="utf-8")
+        partial.replace(self._file)
+        self._changed = False
+
+    def _of_file(self, path: Path) -> str:
+        try:
+            stat = path.stat()
+            stamp = [stat.st_size, stat.st_mtime_ns, stat.st_ino]
+            known = self._known.get(str(path))
+            if known is not None and known[0] == stamp:
+                return known[1]
+            digest = _sha256(path)
+        except OSError as error:
+            raise InvalidInput(
+                "Cannot read input", f"{path}: {error.strerror}", "check the path in synth.yaml"
+            ) from error
+        self._known[str(path)] = (stamp, digest)
+        self._changed = True
+        return digest
+
+
+def _sha256(path: Path) -> str:
+    total = hashlib.sha256()
+    with path.open("rb") as source:
+        while block := source.read(_BLOCK_BYTES):
+            total.update(block)
+    return total.hexdigest()
+
+
+def _load(path: Path) -> _Known:
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return {name: (entry[0], entry[1]) for name, entry in raw.items()}

@@ -1,0 +1,172 @@
+"""The experiment log in git: commit exactly the given paths, read the commits back.
+
+A commit is made with `git commit --only`, so staged changes, dirty files, stash and branch stay as
+they are. The user's hooks do not run on these commits (`core.hooksPath=/dev/null`): a hook may
+rewrite files, and the log must hold what was measured. Where git refuses, the commit is noted in
+`artifacts/pending-commits.json` and made by the next `commit` or `catch_up`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from git import Git
+from git.exc import GitCommandError, GitCommandNotFound
+
+from synth_agent.workspace import Workspace
+
+_UNFINISHED = ("rebase-merge", "rebase-apply", "MERGE_HEAD", "CHERRY_PICK_HEAD", "REVERT_HEAD")
+
+
+@dataclass(frozen=True)
+class CommitResult:
+    """What became of a commit."""
+
+    commit: str | None
+    """Hash; None when git refused and the commit is pending, or when nothing differed."""
+    refusal: str = ""
+    """Git's own words when it refused."""
+
+
+@dataclass(frozen=True)
+class Commit:
+    """One commit of the log."""
+
+    hash: str
+    time: str
+    subject: str
+    trailers: Mapping[str, str]
+
+
+def commit(
+    workspace: Workspace,
+    paths: Sequence[Path],
+    message: str,
+    trailers: Mapping[str, str] | None = None,
+) -> CommitResult:
+    """Commit these files or folders and nothing else; earlier pending commits go first.
+
+    Never raises for what git refuses: the refusal is returned and the commit is kept pending.
+    """
+    catch_up(workspace)
+    names = [path.resolve().relative_to(workspace.root.resolve()).as_posix() for path in paths]
+    body = message
+    if trailers:
+        body += "\n\n" + "\n".join(f"{key}: {value}" for key, value in trailers.items())
+    entry = {"paths": names, "message": body}
+    earlier = pending(workspace)
+    if earlier:
+        _write_pending(workspace, [*earlier, entry])
+        return CommitResult(None, "an earlier commit of the log is still pending")
+    result = _commit(workspace, names, body)
+    if result.refusal:
+        _write_pending(workspace, [entry])
+    return result
+
+
+def catch_up(workspace: Workspace) -> list[CommitResult]:
+    """Make the pending commits, oldest first, up to the first that git refuses again."""
+    waiting = pending(workspace)
+    results: list[CommitResult] = []
+    while waiting:
+        result = _commit(workspace, waiting[0]["paths"], waiting[0]["message"])
+        results.append(result)
+        if result.refusal:
+            break
+        waiting = waiting[1:]
+        _write_pending(workspace, waiting)
+    return results
+
+
+def pending(workspace: Workspace) -> list[dict[str, Any]]:
+    """Return the commits that git refused so far, as paths and message."""
+    try:
+        entries = json.loads(_pending_file(workspace).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return []
+    return list(entries)
+
+
+def log(workspace: Workspace) -> list[str]:
+    """Return the branch's commits as `hash subject` lines, newest first."""
+    try:
+        return str(_git(workspace).log("--format=%h %s")).splitlines()
+    except (GitCommandError, GitCommandNotFound):
+        return []
+
+
+def history(workspace: Workspace) -> list[Commit]:
+    """Return the commits that touch the runs, newest first; none outside a repository."""
+    try:
+        text = _git(workspace).log(
+            "--format=%H%x1f%cI%x1f%s%x1f%(trailers:only,unfold)%x1e", "--", "runs"
+        )
+    except (GitCommandError, GitCommandNotFound):
+        return []
+    return [_parse(record) for record in text.split("\x1e") if record.strip()]
+
+
+def head(workspace: Workspace) -> str | None:
+    """Return the hash of HEAD; None where there is none."""
+    try:
+        return str(_git(workspace).rev_parse("--verify", "HEAD"))
+    except (GitCommandError, GitCommandNotFound):
+        return None
+
+
+def _parse(record: str) -> Commit:
+    hash_, time, subject, trailers = record.strip("\n").split("\x1f")
+    pairs = (line.split(": ", 1) for line in trailers.splitlines() if ": " in line)
+    return Commit(hash_, time, subject, dict(pairs))
+
+
+def _commit(workspace: Workspace, names: Sequence[str], message: str) -> CommitResult:
+    git = _git(workspace)
+    try:
+        _refuse_unfinished(git, workspace)
+        present = [name for name in names if (workspace.root / name).exists()]
+        new = git.ls_files("--others", "--exclude-standard", "--", *present).splitlines()
+        if not present or not (new or git.diff("HEAD", "--name-only", "--", *present)):
+            return CommitResult(None)
+        if new:
+            git.add("--intent-to-add", "--", *new)
+        try:
+            git.commit("--only", "--quiet", "--no-gpg-sign", "-m", message, "--", *present)
+        except GitCommandError:
+            if new:
+                git.rm("--cached", "--quiet", "--", *new)
+            raise
+        return CommitResult(str(git.rev_parse("HEAD")))
+    except (GitCommandError, GitCommandNotFound) as error:
+        return CommitResult(None, str(getattr(error, "stderr", "")).strip() or str(error))
+
+
+def _refuse_unfinished(git: Git, workspace: Workspace) -> None:
+    folder = workspace.root / git.rev_parse("--git-dir")
+    for name in _UNFINISHED:
+        if (folder / name).exists():
+            raise GitCommandError(["git", "commit"], 1, f"{name} is in progress".encode())
+
+
+def _git(workspace: Workspace) -> Git:
+    git = Git(str(workspace.root))
+    git.update_environment(GIT_TERMINAL_PROMPT="0", GIT_LITERAL_PATHSPECS="1")
+    git.set_persistent_git_options(c=["core.hooksPath=/dev/null", "core.quotePath=false"])
+    return git
+
+
+def _pending_file(workspace: Workspace) -> Path:
+    return workspace.artifacts / "pending-commits.json"
+
+
+def _write_pending(workspace: Workspace, entries: Sequence[Mapping[str, Any]]) -> None:
+    path = _pending_file(workspace)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.{os.getpid()}")
+    partial.write_text(json.dumps(list(entries), indent=1), encoding="utf-8")
+    partial.replace(path)

@@ -1,0 +1,311 @@
+"""From a proposal to a running worker, and from the files of a run back to what is known of it.
+
+`approve` is the only maker of plans and `launch` takes nothing else. The stages themselves are
+described in `stage_plan` and run by `worker`.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import platform
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from synth_agent import __version__, journal
+from synth_agent.errors import Busy, Conflict, InvalidInput, SynthAgentError
+from synth_agent.referee import compare_scores
+from synth_agent.runs import (
+    Comparison,
+    Plan,
+    Proposal,
+    Rejection,
+    Run,
+    dump_plan,
+    dump_proposal,
+    fold,
+    load_plan,
+    now,
+    parse_events,
+    proposal_from,
+)
+from synth_agent.workspace import RunPaths, Workspace, stage_environment
+
+LEAST_FREE_BYTES = 1 << 30
+_START_SECONDS = 30.0
+_WORKER = (sys.executable, "-m", "synth_agent.worker")
+
+
+def validate(workspace: Workspace, proposal: Proposal) -> None:
+    """Check all that can be checked before hours are spent.
+
+    Raises:
+        InvalidInput: Naming the recipe's or the setting's field, the path and the fix.
+    """
+    from synth_agent.recipes import load_catalogue, recipe_from_mapping, validate_recipe
+
+    mapping = dict(proposal.recipe)
+    name = str(mapping.pop("name", proposal.slug))
+    validate_recipe(recipe_from_mapping(name, mapping), load_catalogue(), workspace)
+    check_settings(workspace, proposal.settings)
+
+
+def check_settings(workspace: Workspace, settings: Mapping[str, Any]) -> None:
+    """Check the files, the batch arithmetic and the disk.
+
+    Raises:
+        InvalidInput: Naming the setting and the fix.
+    """
+    evaluate = settings["evaluate"]
+    sections = {
+        "data": settings["data"],
+        "model": {k: v for k, v in settings["model"].items() if k != "name"},
+        "evaluate.textvqa": evaluate["textvqa"],
+        "evaluate.mmbench": evaluate["mmbench"],
+    }
+    for section, values in sections.items():
+        for key, value in values.items():
+            if isinstance(value, str) and not workspace.path(value).exists():
+                raise InvalidInput(
+                    "File is missing",
+                    f"{workspace.settings_file}: {section}.{key} = {value!r}, "
+                    f"but {workspace.path(value)} does not exist",
+                    "put the file there or correct the path",
+                )
+    for stage in ("pretrain", "finetune"):
+        whole, micro = (settings[stage][f"{name}_batch_size"] for name in ("global", "micro"))
+        if whole % micro:
+            raise InvalidInput(
+                "Batch sizes do not fit",
+                f"{workspace.settings_file}: {stage}.micro_batch_size = {micro} does not divide "
+                f"{stage}.global_batch_size = {whole}",
+                "choose a divisor of the global batch size",
+            )
+    free = shutil.disk_usage(workspace.root).free
+    if free < LEAST_FREE_BYTES:
+        raise InvalidInput(
+            "Disk is nearly full",
+            f"{workspace.root} has {free >> 20} MiB free, at least 1024 MiB are needed",
+            "free space or delete old folders under artifacts/",
+        )
+
+
+def approve(workspace: Workspace, proposal: Proposal, *, shown_sha256: str, approver: str) -> Plan:
+    """Make the plan of what a person saw, write its folder and commit it.
+
+    Raises:
+        Conflict: If the proposal is not the one that was shown.
+    """
+    if proposal.sha256 != shown_sha256:
+        raise Conflict(
+            "Proposal changed",
+            f"shown: {shown_sha256[:12]}, to be approved: {proposal.sha256[:12]}",
+            "look at the proposal again and approve what it says",
+        )
+    run_id = _make_folder(workspace, proposal.slug)
+    plan = Plan(run_id, proposal, approver, now(), proposal.sha256)
+    paths = workspace.run(run_id)
+    recipe = {key: value for key, value in proposal.recipe.items() if key != "name"}
+    paths.proposal.write_text(dump_proposal(proposal), "utf-8")
+    plain = json.loads(json.dumps(recipe))
+    paths.recipe.write_text(yaml.safe_dump(plain, sort_keys=False, allow_unicode=True), "utf-8")
+    environment = json.dumps(_environment(workspace, proposal), indent=2) + "\n"
+    paths.environment.write_text(environment, "utf-8")
+    paths.plan.write_text(dump_plan(plan), "utf-8")
+    trailers = {"Run": run_id, "Parent": proposal.parent or "none"}
+    journal.commit(workspace, [paths.root], f"run: {run_id} approved", trailers)
+    return plan
+
+
+def reject(workspace: Workspace, proposal: Proposal, *, reason: str, by: str) -> str:
+    """Keep a proposal that was turned down, with the reason, and return its id."""
+    run_id = _make_folder(workspace, proposal.slug)
+    paths = workspace.run(run_id)
+    paths.proposal.write_text(dump_proposal(proposal), "utf-8")
+    record = {"reason": reason, "by": by, "at": now(), "sha256": proposal.sha256}
+    _rejection_file(paths).write_text(yaml.safe_dump(record, sort_keys=False), "utf-8")
+    journal.commit(workspace, [paths.root], f"run: {run_id} rejected", {"Run": run_id})
+    return run_id
+
+
+def launch(workspace: Workspace, plan: Plan, *, program: Sequence[str] = _WORKER) -> int:
+    """Start the detached worker of a plan and return its process id.
+
+    Raises:
+        Busy: If another run is live.
+        SynthAgentError: If the worker ended before it took the lock.
+    """
+    return resume(workspace, plan.run_id, program=program)
+
+
+def resume(workspace: Workspace, run_id: str, *, program: Sequence[str] = _WORKER) -> int:
+    """Start a worker that continues a run where it stopped; see `launch`."""
+    load_plan(workspace.run(run_id).plan)
+    live = live_run(workspace)
+    if live is not None:
+        raise Busy("A run is live", f"run {live} holds {workspace.lock}", "wait or cancel it")
+    log_file = workspace.logs(run_id) / "worker.log"
+    log_file.parent.mkdir(parents=True, exist_ok=True)
+    environment = stage_environment(workspace)
+    with log_file.open("ab") as log:
+        worker = subprocess.Popen(
+            [*program, run_id, "--workspace", str(workspace.root)],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            cwd=workspace.root,
+            env=environment,
+            start_new_session=True,
+        )
+    deadline = time.monotonic() + _START_SECONDS
+    while time.monotonic() < deadline:
+        if lock_holder(workspace) == (worker.pid, run_id) or worker.poll() == 0:
+            return worker.pid
+        if worker.poll() is not None:
+            break
+        time.sleep(0.02)
+    raise SynthAgentError("Worker did not start", last_lines(log_file), f"see {log_file}")
+
+
+def cancel(workspace: Workspace, run_id: str) -> None:
+    """Ask the run's worker to stop.
+
+    Raises:
+        Conflict: If the run is not live.
+    """
+    holder = lock_holder(workspace)
+    if holder is None or holder[1] != run_id:
+        raise Conflict("Run is not live", f"no worker runs {run_id}", "nothing to cancel")
+    os.kill(holder[0], signal.SIGTERM)
+
+
+def live_run(workspace: Workspace) -> str | None:
+    """Return the id of the run whose worker is alive."""
+    holder = lock_holder(workspace)
+    return None if holder is None else holder[1]
+
+
+def lock_holder(workspace: Workspace) -> tuple[int, str] | None:
+    """Return process id and run id of the live worker; alive means that the lock is held."""
+    try:
+        with workspace.lock.open("r") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                pid, _, run_id = lock.read().strip().partition(" ")
+                return (int(pid), run_id) if pid and run_id else None
+    except FileNotFoundError:
+        return None
+    return None
+
+
+def load_run(workspace: Workspace, run_id: str) -> Run:
+    """Return what is known of a run.
+
+    Raises:
+        InvalidInput: If there is no such run or its plan is damaged.
+    """
+    paths = workspace.run(run_id)
+    plan = load_plan(paths.plan)
+    live = live_run(workspace)
+    text = paths.events.read_bytes().decode("utf-8", "replace") if paths.events.exists() else ""
+    run = fold(plan, parse_events(text.splitlines()))
+    if run.status == "running" and live != run_id:
+        run.status = "interrupted"
+    return run
+
+
+def list_runs(workspace: Workspace) -> list[Run]:
+    """Return the approved runs, oldest first."""
+    return [load_run(workspace, folder.name) for folder in _folders(workspace, "plan.yaml")]
+
+
+def list_rejections(workspace: Workspace) -> list[Rejection]:
+    """Return the rejected proposals, oldest first."""
+    rejections = []
+    for folder in _folders(workspace, "rejection.yaml"):
+        paths = workspace.run(folder.name)
+        proposal = proposal_from(yaml.safe_load(paths.proposal.read_text("utf-8")))
+        record = yaml.safe_load(_rejection_file(paths).read_text("utf-8"))
+        rejections.append(
+            Rejection(folder.name, proposal, record["reason"], record["by"], record["at"])
+        )
+    return rejections
+
+
+def compare_runs(workspace: Workspace, earlier: str, later: str) -> list[Comparison]:
+    """Compare two runs on the benchmarks that both have, question by question.
+
+    Raises:
+        InvalidInput: If they answered different questions.
+    """
+    before, after = load_run(workspace, earlier), load_run(workspace, later)
+    comparisons = []
+    for name in sorted(before.scores.keys() & after.scores.keys()):
+        old = question_scores(workspace.path(before.scores[name].predictions))
+        new = question_scores(workspace.path(after.scores[name].predictions))
+        d = compare_scores(old, new)
+        comparisons.append(
+            Comparison(name, earlier, d.points, d.low, d.high, d.num_questions, d.outcome)
+        )
+    return comparisons
+
+
+def question_scores(predictions: Path) -> dict[str, float]:
+    """Return the score of each question; a group of circular rows counts only if all are right."""
+    scores: dict[str, float] = {}
+    for line in predictions.read_text(encoding="utf-8").splitlines():
+        record = json.loads(line)
+        key = str(record.get("group", record["key"]))
+        scores[key] = min(scores.get(key, 1.0), float(record["score"]))
+    return scores
+
+
+def last_lines(path: Path, count: int = 12) -> str:
+    """Return the end of a log."""
+    if not path.exists():
+        return f"{path} was not written"
+    return "\n".join(path.read_text("utf-8", "replace").splitlines()[-count:])
+
+
+def _folders(workspace: Workspace, marker: str) -> list[Path]:
+    return sorted(path.parent for path in workspace.runs.glob(f"[0-9]*/{marker}"))
+
+
+def _make_folder(workspace: Workspace, slug: str) -> str:
+    if not re.fullmatch(r"[a-z0-9][a-z0-9-]*", slug):
+        raise InvalidInput("Bad slug", repr(slug), "use lower case letters, digits and hyphens")
+    workspace.runs.mkdir(exist_ok=True)
+    while True:
+        taken = [int(p.name[:4]) for p in workspace.runs.iterdir() if p.name[:4].isdigit()]
+        run_id = f"{max(taken, default=0) + 1:04d}-{slug}"
+        try:
+            (workspace.runs / run_id).mkdir()
+        except FileExistsError:
+            continue
+        return run_id
+
+
+def _rejection_file(paths: RunPaths) -> Path:
+    return paths.root / "rejection.yaml"
+
+
+def _environment(workspace: Workspace, proposal: Proposal) -> dict[str, Any]:
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "processors": os.cpu_count(),
+        "synth_agent": __version__,
+        "git_head": journal.head(workspace),
+        "seed": proposal.settings.get("seed"),
+    }

@@ -1,0 +1,240 @@
+"""The four stages of a run as commands with inputs, outputs and a cache key.
+
+A key is the digest of the stage's name, the code that it runs, the settings that alter its result
+and the content of its inputs. Stages are built one after the other, because the key of a stage
+rests on what the stage before it wrote, not on how that was asked for.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from synth_agent.digests import Digests
+from synth_agent.runs import Plan, digest
+from synth_agent.workspace import Workspace
+
+KIND_OF_STAGE = {
+    "process": "processed",
+    "pretrain": "checkpoints",
+    "finetune": "checkpoints",
+    "evaluate": "predictions",
+}
+# These change how a stage runs, not what comes out of it.
+_ASIDE = frozenset({"save_steps", "logging_steps"})
+_PARTS = ("language_model", "vision_tower", "high_resolution_tower")
+_PACKAGE = Path(__file__).resolve().parent
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stage that is ready to run. Commands write into `partial`, which becomes `output`."""
+
+    name: str
+    key: str
+    commands: tuple[tuple[str, ...], ...]
+    output: Path
+    required: tuple[str, ...]
+    """Files that a complete output holds, relative to it."""
+    result: str | None = None
+    """Which of them holds the stage's result, for the event log."""
+    configs: Mapping[Path, Mapping[str, Any]] = field(default_factory=dict)
+    """JSON files that the commands read, written before they start."""
+
+    @property
+    def partial(self) -> Path:
+        return self.output.with_name(self.output.name + ".partial")
+
+    def missing(self, folder: Path) -> list[str]:
+        """Return the required files that a folder lacks."""
+        return [name for name in self.required if not (folder / name).is_file()]
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a stage is built from."""
+
+    workspace: Workspace
+    plan: Plan
+    digests: Digests
+    outputs: Mapping[str, Path]
+    """Finished stages of this run and their folders."""
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        return self.plan.proposal.settings
+
+    def output(self, stage: str, key: str) -> Path:
+        return self.workspace.artifacts / KIND_OF_STAGE[stage] / key[:16]
+
+    def log_file(self, name: str) -> Path:
+        return self.workspace.logs(self.plan.run_id) / name
+
+    def progress(self, stage: str) -> Path:
+        return self.log_file(f"{stage}.progress.jsonl")
+
+
+StageBuilder = Callable[[Context], Stage]
+
+
+def code_version(digests: Digests, stage: str) -> str:
+    """Return the digest of the code that a stage runs."""
+    if stage == "process":
+        code = digests.path(_PACKAGE / "stages")
+        return digest([code, metadata.version("py-data-juicer")])
+    folder = _PACKAGE.parent / "mgm"
+    return digests.files(folder, sorted(folder.rglob("*.py")))
+
+
+def build_process(context: Context) -> Stage:
+    """Data-Juicer on the seed set, then the conversion to training data."""
+    data, workspace = context.settings["data"], context.workspace
+    recipe = {key: value for key, value in context.plan.proposal.recipe.items() if key != "name"}
+    inputs = {
+        name: context.digests.path(workspace.path(data[name])) for name in ("seed", "original")
+    }
+    inputs["images"] = context.digests.path(workspace.path(data["images"]))
+    cap = {name: data[name] for name in ("sample_cap", "sample_cap_seed")}
+    key = digest(["process", code_version(context.digests, "process"), recipe, cap, inputs])
+    output = context.output("process", key)
+    options = {
+        "recipe": workspace.run(context.plan.run_id).recipe,
+        "seed": workspace.path(data["seed"]),
+        "images": workspace.path(data["images"]),
+        "original": workspace.path(data["original"]),
+        "cap": data["sample_cap"],
+        "cap-seed": data["sample_cap_seed"],
+        "output": output.with_name(output.name + ".partial"),
+        "progress": context.progress("process"),
+    }
+    flags = [text for name, value in options.items() for text in (f"--{name}", str(value))]
+    command = (sys.executable, "-m", "synth_agent.stages.process", *flags)
+    required = ("processed.jsonl", "processed.json", "result.json")
+    return Stage("process", key, (command,), output, required, "result.json")
+
+
+def build_pretrain(context: Context) -> Stage:
+    """Train the projector and the mining on the processed data."""
+    processed = context.outputs["process"]
+    own_images = processed / "images"
+    images = (
+        own_images
+        if own_images.is_dir()
+        else context.workspace.path(context.settings["data"]["images"])
+    )
+    extra = {"data": processed / "processed.json", "images": images}
+    return _training(context, "pretrain", extra, ("mm_projector.bin", "train_state.json"))
+
+
+def build_finetune(context: Context) -> Stage:
+    """Train on the instructions, from the projector of pretraining."""
+    data = context.settings["data"]
+    extra = {
+        "data": context.workspace.path(data["instructions"]),
+        "images": context.workspace.path(data["instruction_images"]),
+        "projector": context.outputs["pretrain"] / "mm_projector.bin",
+    }
+    return _training(context, "finetune", extra, ("train_state.json",))
+
+
+def build_evaluate(context: Context) -> Stage:
+    """Answer and score both benchmarks."""
+    settings, workspace = context.settings["evaluate"], context.workspace
+    model = {**_model(context), "checkpoint": context.outputs["finetune"]}
+    projector = context.outputs["pretrain"] / "mm_projector.bin"
+    files = {
+        benchmark: {
+            name: None if value is None else workspace.path(value)
+            for name, value in settings[benchmark].items()
+            if name != "max_new_tokens"
+        }
+        for benchmark in ("textvqa", "mmbench")
+    }
+    inputs = [_content(context, model), _content(context, {"projector": projector})]
+    inputs += [_content(context, paths) for paths in files.values()]
+    kept = {name: value for name, value in settings.items() if name != "batch_size"}
+    relevant = {**kept, "textvqa": settings["textvqa"]["max_new_tokens"]}
+    relevant["mmbench"] = settings["mmbench"]["max_new_tokens"]
+    key = digest(["evaluate", code_version(context.digests, "evaluate"), relevant, inputs])
+    output = context.output("evaluate", key)
+    configs: dict[Path, dict[str, Any]] = {}
+    for benchmark, paths in files.items():
+        if benchmark == "textvqa" and paths["questions"] is None:
+            paths = {"questions": paths["annotations"], "images": paths["images"]}
+        threads = context.settings["compute"]["threads"] or None
+        config = {
+            **model,
+            **paths,
+            "projector": projector,
+            "benchmark": benchmark,
+            "batch_size": settings["batch_size"],
+            "dtype": settings["dtype"],
+            "max_new_tokens": settings[benchmark]["max_new_tokens"],
+            "device": context.settings["compute"]["device"],
+            "threads": threads,
+            "output": output.with_name(output.name + ".partial") / benchmark,
+        }
+        configs[context.log_file(f"evaluate-{benchmark}.json")] = _texts(config)
+    commands = tuple(_program("mgm.evaluate", path, context, "evaluate") for path in configs)
+    required = tuple(
+        f"{name}/{file}" for name in files for file in ("predictions.jsonl", "score.json")
+    )
+    return Stage("evaluate", key, commands, output, required, None, configs)
+
+
+BUILDERS: Mapping[str, StageBuilder] = {
+    "process": build_process,
+    "pretrain": build_pretrain,
+    "finetune": build_finetune,
+    "evaluate": build_evaluate,
+}
+
+
+def _training(
+    context: Context, stage: str, extra: Mapping[str, Path], required: tuple[str, ...]
+) -> Stage:
+    settings = dict(context.settings[stage])
+    model, seed = _model(context), context.settings["seed"]
+    relevant = {name: value for name, value in settings.items() if name not in _ASIDE}
+    inputs = _content(context, {**model, **extra})
+    name = context.settings["model"]["name"]
+    key = digest([stage, code_version(context.digests, stage), relevant, seed, name, inputs])
+    output = context.output(stage, key)
+    config = {
+        **settings,
+        **model,
+        **extra,
+        "stage": stage,
+        "model": name,
+        "seed": seed,
+        "device": context.settings["compute"]["device"],
+        "threads": context.settings["compute"]["threads"],
+        "output": output.with_name(output.name + ".partial"),
+    }
+    path = context.log_file(f"{stage}.json")
+    command = _program("mgm.train", path, context, stage)
+    return Stage(stage, key, (command,), output, required, None, {path: _texts(config)})
+
+
+def _program(module: str, config: Path, context: Context, stage: str) -> tuple[str, ...]:
+    progress = str(context.progress(stage))
+    return (sys.executable, "-m", module, "--config", str(config), "--progress", progress)
+
+
+def _model(context: Context) -> dict[str, Path]:
+    return {part: context.workspace.path(context.settings["model"][part]) for part in _PARTS}
+
+
+def _content(context: Context, paths: Mapping[str, Path | None]) -> dict[str, str]:
+    return {name: context.digests.path(path) for name, path in paths.items() if path is not None}
+
+
+def _texts(config: Mapping[str, Any]) -> dict[str, Any]:
+    values = {key: str(v) if isinstance(v, Path) else v for key, v in config.items()}
+    result: dict[str, Any] = json.loads(json.dumps(values))
+    return result

@@ -1,0 +1,280 @@
+"""Write the catalogue of Data-Juicer's operators that the rest of the program reads.
+
+Importing Data-Juicer takes seconds, reading JSON milliseconds, so the catalogue is made once per
+Data-Juicer version: `python -m synth_agent.stages.build_catalogue`. Types, defaults and bounds come
+from the operators' signatures; choices, ranges of scores and the reasons for refusing an operator,
+which the signatures do not state, are written below.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import re
+import types
+import typing
+from collections.abc import Mapping
+from importlib.metadata import version
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+from synth_agent.catalogue import CATALOGUE_FILE, SUPPORTED_VERSION
+from synth_agent.data import atomic_file
+from synth_agent.stages.datajuicer import guard
+
+KINDS = ("Mapper", "Filter", "Deduplicator", "Selector", "Grouper", "Aggregator", "Pipeline")
+
+CHOICES: dict[str, tuple[str, ...]] = {
+    "any_or_all": ("any", "all"),
+    "reduce_mode": ("avg", "max", "min"),
+    "keep_candidate_mode": ("random_any", "similar_one_simhash", "all"),
+    "image_deduplicator.method": ("phash", "dhash", "whash", "ahash"),
+    "video_deduplicator.method": ("md5",),
+    "fix_unicode_mapper.normalization": ("NFC", "NFKC", "NFD", "NFKD"),
+    "document_minhash_deduplicator.tokenization": (
+        "space",
+        "punctuation",
+        "character",
+        "sentencepiece",
+    ),
+    "document_simhash_deduplicator.tokenization": ("space", "punctuation", "character"),
+}
+"""Values that a parameter takes, by name or by operator and name."""
+
+SHARES = re.compile(r"^(min|max|select|top)_(ratio|score)$|^(prob|jaccard)_threshold$|^min_recall$")
+COUNTS = re.compile(r"^(min|max)_(num|len|width|height|ppl|action_num|dependency_num)$")
+UNBOUNDED_RATIOS = ("image_aspect_ratio_filter", "video_aspect_ratio_filter")
+UNBOUNDED_SCORES = ("video_motion_score", "video_ocr", "optical_flow", "audio_")
+COSINES = ("image_text_similarity_filter", "image_pair_similarity_filter")
+
+CODE = "runs code that the recipe brings"
+SHELL = "starts other programs or installs packages"
+PICKLE = "loads pickled weights, which can run code"
+NETWORK = "reads from or writes to the network"
+CLONE = "clones a repository and downloads weights"
+SERVICE = "sends samples to a service on the network"
+DOWNLOAD = "downloads word lists or a model"
+PICTURES = "writes new pictures into the seed's image folder, which later runs would see"
+
+DANGERS: dict[str, str] = {
+    "python_lambda_mapper": CODE,
+    "python_file_mapper": CODE,
+    "remove_repeat_sentences_mapper": "runs code that the recipe brings (parameter tokenizer)",
+    "image_ohem_selector": "runs code that the recipe brings (parameter score_file)",
+    **dict.fromkeys(
+        (
+            "export_to_lerobot_mapper",
+            "image_mmpose_mapper",
+            "vggt_mapper",
+            "video_active_speaker_detect_mapper",
+            "video_camera_calibration_droidcalib_mapper",
+            "video_camera_pose_megasam_mapper",
+            "video_depth_estimation_mapper",
+            "video_undistort_mapper",
+        ),
+        SHELL,
+    ),
+    **dict.fromkeys(
+        (
+            "image_tagging_mapper",
+            "image_sam_3d_body_mapper",
+            "video_tagging_from_frames_mapper",
+            "video_hand_reconstruction_mapper",
+            "video_hand_reconstruction_hawor_mapper",
+        ),
+        CLONE,
+    ),
+    **dict.fromkeys(
+        ("download_file_mapper", "s3_download_file_mapper", "s3_upload_file_mapper"), NETWORK
+    ),
+    **dict.fromkeys(
+        (
+            "flagged_words_filter",
+            "stopwords_filter",
+            "perplexity_filter",
+            "language_id_score_filter",
+            "text_action_filter",
+            "text_entity_dependency_filter",
+            "phrase_grounding_recall_filter",
+        ),
+        DOWNLOAD,
+    ),
+}
+"""Why an operator is refused until a person allows it."""
+
+DANGER_PATTERNS: tuple[tuple[re.Pattern[str], str], ...] = (
+    (re.compile(r"^video_(human_tracks|hand_|trajectory|camera|action_).*"), PICKLE),
+    (re.compile(r".*annotation.*"), SERVICE),
+)
+SERVICE_PARAMETERS = ("api_model", "api_or_hf_model", "api_endpoint", "model_params")
+
+
+def main() -> None:
+    """Write the catalogue beside `catalogue.py`.
+
+    Raises:
+        SystemExit: If another Data-Juicer version is installed than the one supported.
+    """
+    guard()
+    import data_juicer.ops  # noqa: F401  registers every operator
+    from data_juicer.ops.base_op import OPERATORS
+
+    installed = version("py-data-juicer")
+    if installed != SUPPORTED_VERSION:
+        raise SystemExit(f"py-data-juicer {installed} is installed, not {SUPPORTED_VERSION}")
+    operators = {name: OPERATORS.modules[name] for name in sorted(OPERATORS.modules)}
+    base: dict[str, list[dict[str, Any]]] = {}
+    described = []
+    for name, cls in operators.items():
+        kind = _kind(cls)
+        base.setdefault(kind, [_base_parameter(*item) for item in cls._BASE_PARAMS.items()])
+        described.append(_operator(name, kind, cls))
+    document = {"version": installed, "base": base, "operators": described}
+    with atomic_file(CATALOGUE_FILE) as file:
+        json.dump(document, file, ensure_ascii=False, indent=1, sort_keys=True)
+        file.write("\n")
+
+
+def _kind(cls: type) -> str:
+    names = [base.__name__ for base in cls.__mro__]
+    return next(kind for kind in KINDS if kind in names).lower()
+
+
+def _operator(name: str, kind: str, cls: Any) -> dict[str, Any]:
+    parameters = [
+        _parameter(name, parameter)
+        for parameter in inspect.signature(cls.__init__).parameters.values()
+        if parameter.name != "self"
+        and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+    ]
+    names = {parameter["name"] for parameter in parameters}
+    described = {
+        "name": name,
+        "kind": kind,
+        "summary": _first_paragraph(cls.__doc__ or ""),
+        "parameters": parameters,
+    }
+    danger = _danger(name, names)
+    return {**described, "danger": danger} if danger else described
+
+
+def _danger(name: str, parameters: set[str]) -> str:
+    if name in DANGERS:
+        return DANGERS[name]
+    if parameters.intersection(SERVICE_PARAMETERS):
+        return SERVICE
+    for pattern, reason in DANGER_PATTERNS:
+        if pattern.match(name):
+            return reason
+    return PICTURES if "save_dir" in parameters else ""
+
+
+def _first_paragraph(text: str) -> str:
+    paragraph = inspect.cleandoc(text).split("\n\n")[0]
+    return " ".join(paragraph.split())
+
+
+def _base_parameter(name: str, described: tuple[type | None, Any]) -> dict[str, Any]:
+    kind, default = described
+    parameter: dict[str, Any] = {
+        "name": name,
+        "type": kind.__name__ if kind else "Any",
+        "accepts": [kind.__name__] if kind else ["any"],
+        "default": default,
+        "required": False,
+    }
+    if name in ("num_proc", "batch_size"):
+        parameter.update(accepts=["int", "null"], minimum=0 if name == "num_proc" else 1)
+    return parameter
+
+
+def _parameter(operator: str, parameter: inspect.Parameter) -> dict[str, Any]:
+    required = parameter.default is parameter.empty
+    default = None if required else _plain(parameter.default)
+    annotation = parameter.annotation
+    if annotation is parameter.empty and parameter.default is not None and not required:
+        annotation = type(parameter.default)
+    accepts, limits, choices = _annotation(annotation)
+    if default is None and not required:
+        accepts.add("null")
+    described: dict[str, Any] = {
+        "name": parameter.name,
+        "type": _type_text(parameter.annotation),
+        "accepts": sorted(accepts),
+        "default": default,
+        "required": required,
+        **limits,
+        **_known_range(operator, parameter.name, accepts),
+    }
+    choices = CHOICES.get(f"{operator}.{parameter.name}", CHOICES.get(parameter.name, choices))
+    if choices and (required or default is None or default in choices):
+        described["choices"] = list(choices)
+    return described
+
+
+def _known_range(operator: str, name: str, accepts: set[str]) -> dict[str, float]:
+    if not accepts & {"int", "float"}:
+        return {}
+    if operator in COSINES and SHARES.match(name):
+        return {"minimum": -1, "maximum": 1}
+    if operator in UNBOUNDED_RATIOS and SHARES.match(name):
+        return {"minimum": 0}
+    if SHARES.match(name) and not any(word in operator for word in UNBOUNDED_SCORES):
+        return {"minimum": 0, "maximum": 1}
+    return {"minimum": 0} if COUNTS.match(name) else {}
+
+
+def _annotation(annotation: Any) -> tuple[set[str], dict[str, float], tuple[Any, ...]]:
+    """Return the accepted plain types, the bounds and the choices of an annotation."""
+    origin = get_origin(annotation)
+    if origin is Annotated:
+        accepts, limits, choices = _annotation(get_args(annotation)[0])
+        for mark in get_args(annotation)[1:]:
+            limits.update(_limits(mark, "int" in accepts))
+        return accepts, limits, choices
+    if origin in (Union, types.UnionType):
+        parts = [_annotation(part) for part in get_args(annotation)]
+        limits = {} if len(parts) > 2 else {k: v for part in parts for k, v in part[1].items()}
+        return set().union(*(part[0] for part in parts)), limits, ()
+    if origin is Literal:
+        values = get_args(annotation)
+        return {type(value).__name__ for value in values}, {}, values
+    if annotation is type(None):
+        return {"null"}, {}, ()
+    plain = origin or annotation
+    if plain in (int, float, str, bool):
+        return {plain.__name__}, {}, ()
+    if plain in (list, tuple, typing.Sequence):
+        return {"list"}, {}, ()
+    if isinstance(plain, type) and issubclass(plain, Mapping):
+        return {"dict"}, {}, ()
+    return {"any"}, {}, ()
+
+
+def _limits(mark: Any, whole: bool) -> dict[str, float]:
+    limits: dict[str, float] = {}
+    for name, key, step in (("ge", "minimum", 0), ("gt", "minimum", 1)):
+        if getattr(mark, name, None) is not None:
+            limits[key] = getattr(mark, name) + (step if whole else 0)
+    for name, key, step in (("le", "maximum", 0), ("lt", "maximum", 1)):
+        if getattr(mark, name, None) is not None:
+            limits[key] = getattr(mark, name) - (step if whole else 0)
+    return limits
+
+
+def _type_text(annotation: Any) -> str:
+    if annotation is inspect.Parameter.empty:
+        return "Any"
+    if isinstance(annotation, type) and get_origin(annotation) is None:
+        return annotation.__name__
+    return str(annotation).replace("typing.", "")
+
+
+def _plain(value: Any) -> Any:
+    try:
+        return json.loads(json.dumps(value))
+    except TypeError:
+        return str(value)
+
+
+if __name__ == "__main__":
+    main()

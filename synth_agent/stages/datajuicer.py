@@ -1,0 +1,34 @@
+"""The one way Data-Juicer is imported: unable to install packages, and without a needless torch.
+
+Data-Juicer installs an optional package the moment something asks for it, into the environment it
+runs in. Here that attempt is an `ImportError` naming the package. Call `guard()` before anything
+else imports `data_juicer`.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any, NoReturn
+
+
+def guard() -> None:
+    """Block installs, and free models only when torch was imported.
+
+    Every operator's run ends with `free_models`, which imports torch to look for a GPU; recipes
+    that only read text would wait several seconds for nothing.
+    """
+    import data_juicer.utils.lazy_loader as lazy_loader
+
+    def refuse(cls: type, package: str, *arguments: object, **options: object) -> NoReturn:
+        raise ImportError(f"Data-Juicer needs the package {package!r}, which is not installed")
+
+    lazy_loader.LazyLoader._install_package = classmethod(refuse)
+    import data_juicer.ops.base_op as base_op
+
+    free_models = base_op.free_models
+
+    def free_loaded_models(*arguments: Any, **options: Any) -> None:
+        if "torch" in sys.modules:
+            free_models(*arguments, **options)
+
+    base_op.free_models = free_loaded_models

@@ -1,0 +1,55 @@
+"""The pages that people read: `summary.md` of a run and the index `runs/README.md`.
+
+Both are written from the event log alone and can be made again at any time.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from synth_agent.pipeline import list_runs
+from synth_agent.runs import Run
+from synth_agent.workspace import Workspace
+
+_LABELS = {"textvqa": "TextVQA", "mmbench": "MMBench"}
+
+
+def write_summary(workspace: Workspace, run: Run) -> Path:
+    """Write `summary.md` of a run and return its path."""
+    proposal = run.plan.proposal
+    lines = [f"# {run.id}: {run.verdict or run.status}", "", proposal.title, "", proposal.reason]
+    if run.error:
+        lines += ["", f"{run.error['title']}: {run.error['message']}"]
+    if run.scores:
+        lines += ["", "| benchmark | score | 95 % interval | chance | questions |"]
+        lines += ["| --- | --- | --- | --- | --- |"]
+        lines += [
+            f"| {_LABELS.get(name, name)} | {s.percent:.2f} | {s.low:.2f} to {s.high:.2f} "
+            f"| {s.chance:.2f} | {s.num_questions} |"
+            for name, s in run.scores.items()
+        ]
+    for name, c in run.comparisons.items():
+        lines += [
+            "",
+            f"{_LABELS.get(name, name)} against {c.parent}: {c.difference:+.2f} points, "
+            f"95 % interval {c.low:+.2f} to {c.high:+.2f}: {c.verdict}.",
+        ]
+    path = workspace.run(run.id).summary
+    path.write_text("\n".join(lines) + "\n", "utf-8")
+    return path
+
+
+def write_index(workspace: Workspace) -> Path:
+    """Write `runs/README.md`, newest run first, and return its path."""
+    lines = ["# Runs", "", "| run | title | verdict | TextVQA | MMBench |"]
+    lines += ["| --- | --- | --- | --- | --- |"]
+    for run in reversed(list_runs(workspace)):
+        scores = [
+            f"{run.scores[name].percent:.2f}" if name in run.scores else "" for name in _LABELS
+        ]
+        title = run.plan.proposal.title.replace("|", "\\|")
+        cells = [f"[{run.id}]({run.id}/)", title, run.verdict or run.status, *scores]
+        lines.append(f"| {' | '.join(cells)} |")
+    path = workspace.runs / "README.md"
+    path.write_text("\n".join(lines) + "\n", "utf-8")
+    return path

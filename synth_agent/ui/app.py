@@ -1,0 +1,274 @@
+"""The app: four places, the gate, and the handlers that own all state.
+
+A reader over the workspace: threads read and post facts, handlers here and in the screens take
+them. It may be closed at any time; a run belongs to its worker, not to the app.
+"""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Iterable
+from functools import partial
+from typing import TYPE_CHECKING
+
+from textual import on, work
+from textual.app import App, SystemCommand
+from textual.binding import Binding
+from textual.screen import Screen
+from textual.theme import Theme
+from textual.worker import Worker, WorkerState
+
+from synth_agent.errors import SynthAgentError
+from synth_agent.runs import now
+from synth_agent.ui.backend import Backend, Notebook, WorkspaceBackend
+from synth_agent.ui.messages import (
+    Failed,
+    NotebookRead,
+    ProposalRejected,
+    ResultsRequested,
+    ReviewRequested,
+    RunLaunched,
+    RunRequested,
+)
+from synth_agent.ui.screens.base import NotebookScreen
+from synth_agent.ui.screens.error import ErrorScreen
+from synth_agent.ui.screens.help import HelpScreen
+from synth_agent.ui.screens.history import HistoryScreen
+from synth_agent.ui.screens.home import HomeScreen
+from synth_agent.ui.screens.proposal import ProposalScreen
+from synth_agent.ui.screens.results import ResultsScreen
+from synth_agent.ui.screens.run import RunScreen
+from synth_agent.ui.widgets.navigation import Place
+
+if TYPE_CHECKING:
+    from synth_agent.workspace import Workspace
+
+_REFRESH_SECONDS = 1.5
+
+THEME = Theme(
+    name="notebook",
+    primary="#7aa2c9",
+    secondary="#8fa3b8",
+    accent="#e0b36a",
+    success="#8fbf7f",
+    warning="#e0b36a",
+    error="#e08a7d",
+    foreground="#d6d9de",
+    background="#14171c",
+    surface="#1a1e24",
+    panel="#262c35",
+    dark=True,
+    variables={"footer-key-foreground": "#e0b36a", "border": "#4a5768"},
+)
+
+
+class SynthAgentApp(App[int]):
+    """The whole application over one backend."""
+
+    TITLE = "synth-agent"
+    CSS_PATH = "synth_agent.tcss"
+    HORIZONTAL_BREAKPOINTS = [(0, "-narrow"), (110, "-wide")]
+    VERTICAL_BREAKPOINTS = [(0, "-short"), (32, "-tall")]
+    BINDINGS = [
+        Binding("1", "go('home')", "Home", show=False, id="go.home"),
+        Binding("2", "go('run')", "Run", show=False, id="go.run"),
+        Binding("3", "go('results')", "Results", show=False, id="go.results"),
+        Binding("4", "go('history')", "History", show=False, id="go.history"),
+        Binding("question_mark", "help", "Help", key_display="?", id="help"),
+        Binding("ctrl+p", "command_palette", "Palette", show=False, id="palette"),
+        Binding("q", "quit", "Quit", id="quit"),
+    ]
+
+    def __init__(self, source: Workspace | Backend) -> None:
+        super().__init__()
+        from synth_agent.workspace import Workspace as WorkspaceType
+
+        self.backend: Backend = (
+            WorkspaceBackend(source) if isinstance(source, WorkspaceType) else source
+        )
+        self.notebook: Notebook | None = None
+        self._is_reading = False
+        self._problem = ""
+        """What kept the history from being read the last time."""
+        self.run_screen = RunScreen(self.backend)
+        self.results_screen = ResultsScreen(self.backend)
+        self._places: dict[str, NotebookScreen] = {
+            "home": HomeScreen(self.backend),
+            "run": self.run_screen,
+            "results": self.results_screen,
+            "history": HistoryScreen(self.backend),
+        }
+        for name, screen in self._places.items():
+            self.add_mode(name, partial(_itself, screen))
+
+    def on_mount(self) -> None:
+        self.register_theme(THEME)
+        self.theme = THEME.name
+        self.switch_mode("home")
+        self._refresh_notebook()
+        self.set_interval(_REFRESH_SECONDS, self._refresh_notebook)
+
+    def _refresh_notebook(self) -> None:
+        # A thread cannot be stopped, so a slow read is waited for instead of doubled.
+        if not self._is_reading:
+            self._is_reading = True
+            self._read_notebook()
+
+    @work(thread=True, exit_on_error=False, group="notebook")
+    def _read_notebook(self) -> None:
+        self.post_message(NotebookRead(self.backend.notebook()))
+
+    @on(NotebookRead)
+    def _take_notebook(self, message: NotebookRead) -> None:
+        self._problem, self._is_reading = "", False
+        if message.notebook is self.notebook:
+            return
+        self.notebook = message.notebook
+        for screen in self._notebook_screens():
+            screen.notebook = message.notebook
+
+    def _notebook_screens(self) -> list[NotebookScreen]:
+        stacked = [s for s in self.screen_stack if isinstance(s, NotebookScreen)]
+        return list(dict.fromkeys([*self._places.values(), *stacked]))
+
+    def on_worker_state_changed(self, event: Worker.StateChanged) -> None:
+        error = event.worker.error
+        self._is_reading = self._is_reading and event.state != WorkerState.ERROR
+        # The history is read again and again: one problem is told once.
+        if event.state == WorkerState.ERROR and error is not None and str(error) != self._problem:
+            self._problem = str(error)
+            self._show_error(error)
+
+    @on(Failed)
+    def _take_failure(self, message: Failed) -> None:
+        self._show_error(message.error)
+
+    def _show_error(self, error: BaseException) -> None:
+        """Show an error as a card. One card at a time: a repeated failure does not pile up."""
+        if isinstance(self.screen, ErrorScreen):
+            return
+        if isinstance(error, SynthAgentError):
+            card = ErrorScreen(error.title, error.message, error.hint)
+        else:
+            path = self._log_defect(error)
+            card = ErrorScreen(
+                "A defect in synth-agent",
+                f"{type(error).__name__}: {error}",
+                f"The app and the run go on. The details are in {path}",
+            )
+        self.push_screen(card)
+
+    def _log_defect(self, error: BaseException) -> str:
+        path = self.backend.app_log()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a", encoding="utf-8") as log:
+            log.write(f"{now()}\n{''.join(traceback.format_exception(error))}\n")
+        return str(path)
+
+    def _handle_exception(self, error: Exception) -> None:
+        """Log a defect in a handler before the toolkit ends the app with its traceback."""
+        self._log_defect(error)
+        super()._handle_exception(error)
+
+    @on(ReviewRequested)
+    def _open_gate(self, message: ReviewRequested) -> None:
+        screen = ProposalScreen(self.backend, message.proposal)
+        screen.notebook = self.notebook
+        self.push_screen(screen)
+
+    @on(RunLaunched)
+    async def _show_launched(self, message: RunLaunched) -> None:
+        await self._leave_gate()
+        self.run_screen.open(message.run_id)
+        await self.action_go("run")
+        self._refresh_notebook()
+
+    @on(ProposalRejected)
+    async def _show_rejected(self, message: ProposalRejected) -> None:
+        await self._leave_gate()
+        self.notify("Rejected; the reason is in the log.", markup=False)
+        self._refresh_notebook()
+
+    async def _leave_gate(self) -> None:
+        if isinstance(self.screen, ProposalScreen):
+            await self.pop_screen()
+
+    @on(RunRequested)
+    async def _show_run(self, message: RunRequested) -> None:
+        self.run_screen.open(message.run_id)
+        await self.action_go("run")
+
+    @on(ResultsRequested)
+    async def _show_results(self, message: ResultsRequested) -> None:
+        self.results_screen.open(message.run_id)
+        await self.action_go("results")
+
+    @on(Place.Chosen)
+    async def _go_to_chosen(self, message: Place.Chosen) -> None:
+        await self.action_go(message.place)
+
+    async def action_go(self, place: str) -> None:
+        """Go to one of the four places; dialogs have to be answered first."""
+        if self.screen.is_modal:
+            return
+        if self.current_mode != place:
+            await self.switch_mode(place)
+
+    async def action_leave(self) -> None:
+        """Step out one layer: a pushed screen first, then back to Home."""
+        if len(self.screen_stack) > 1:
+            await self.pop_screen()
+        elif self.current_mode != "home":
+            await self.switch_mode("home")
+
+    def action_help(self) -> None:
+        """Show the keys that work on the present screen."""
+        if not self.screen.is_modal:
+            self.push_screen(HelpScreen(self.keys_here()))
+
+    def keys_here(self) -> list[tuple[str, str]]:
+        """Return key and description of each enabled binding of the present screen."""
+        found: dict[str, tuple[str, str]] = {}
+        for active in self.screen.active_bindings.values():
+            binding = active.binding
+            if active.enabled and binding.id and binding.description:
+                found.setdefault(binding.id, (self.get_key_display(binding), binding.description))
+        return list(found.values())
+
+    def get_system_commands(self, screen: Screen[object]) -> Iterable[SystemCommand]:
+        """Offer every binding of the screen, the themes and a screenshot in the palette."""
+        for active in screen.active_bindings.values():
+            binding, node = active.binding, active.node
+            if active.enabled and binding.id and binding.description:
+                yield SystemCommand(
+                    binding.description,
+                    f"key {self.get_key_display(binding)}",
+                    lambda action=binding.action, node=node: self.call_next(
+                        self.run_action, action, node
+                    ),
+                )
+        yield SystemCommand("Theme", "Change the colours", self.action_change_theme)
+        yield SystemCommand(
+            "Screenshot",
+            "Save the screen as SVG",
+            lambda: self.set_timer(0.1, self.deliver_screenshot),
+        )
+
+    async def action_quit(self) -> None:
+        """Close the app. A live run goes on, and the last line on the terminal says so."""
+        live = self.notebook.live if self.notebook else None
+        message = None
+        if live is not None:
+            message = f"{live} goes on without the app. Open synth-agent again to see it."
+        self.exit(0, message=message)
+
+
+def _itself(screen: NotebookScreen) -> NotebookScreen:
+    return screen
+
+
+def run_app(workspace: Workspace) -> int:
+    """Open the app over a workspace and return the exit code."""
+    app = SynthAgentApp(workspace)
+    result = app.run()
+    return app.return_code or result or 0

@@ -1,0 +1,355 @@
+"""What the app asks of the rest: one protocol, and its implementation over a workspace.
+
+The app knows nothing else of the pipeline, the planner, recipes or git. Every method may touch the
+disk, so the app calls them in threads only. Modules are imported when first needed, which keeps the
+first paint fast.
+"""
+
+from __future__ import annotations
+
+import getpass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from synth_agent.errors import InvalidInput
+from synth_agent.runs import Comparison, EventTail, Plan, Proposal, Rejection, Run
+from synth_agent.ui.questions import Question, read_questions
+
+if TYPE_CHECKING:
+    from synth_agent.recipes import DiffLine, Recipe
+    from synth_agent.workspace import Workspace
+
+_LOG_BYTES = 64 * 1024
+_LOG_LINES = 400
+
+
+@dataclass(frozen=True)
+class Notebook:
+    """Everything the workspace's history says at one moment."""
+
+    runs: tuple[Run, ...]
+    """Oldest first."""
+    rejections: tuple[Rejection, ...]
+    live: str | None
+    """Id of the run that a worker works on."""
+    pending_commits: int = 0
+    """Commits that git refused so far; they are made later."""
+
+    def run(self, run_id: str | None) -> Run | None:
+        """Return a run by its id."""
+        return next((run for run in self.runs if run.id == run_id), None)
+
+
+@dataclass(frozen=True)
+class RecipeChoice:
+    """A recipe that a person can ask for."""
+
+    name: str
+    title: str
+    reason: str
+
+
+class Backend(Protocol):
+    """The calls that the app needs. All may block; errors are `SynthAgentError`."""
+
+    @property
+    def root(self) -> Path: ...
+    @property
+    def goal(self) -> str: ...
+    @property
+    def baseline(self) -> str:
+        """Name of the baseline recipe."""
+        ...
+
+    def app_log(self) -> Path: ...
+    def notebook(self) -> Notebook: ...
+    def run(self, run_id: str) -> Run: ...
+    def live_run(self) -> str | None: ...
+    def events(self, run_id: str) -> EventTail: ...
+    def log_lines(self, run_id: str, stage: str) -> list[str]: ...
+    def next_proposal(self) -> Proposal | None: ...
+    def recipes(self) -> list[RecipeChoice]: ...
+    def proposal_of(self, recipe_name: str) -> Proposal: ...
+    def recipe_text(self, proposal: Proposal) -> str: ...
+    def edited(self, proposal: Proposal, text: str) -> Proposal: ...
+    def validate(self, proposal: Proposal) -> None: ...
+    def difference(self, proposal: Proposal) -> list[DiffLine]: ...
+    def difference_of_runs(self, earlier: str, later: str) -> list[DiffLine]: ...
+    def approve(self, proposal: Proposal, shown_sha256: str) -> Plan: ...
+    def reject(self, proposal: Proposal, reason: str) -> str: ...
+    def launch(self, plan: Plan) -> None: ...
+    def resume(self, run_id: str) -> None: ...
+    def cancel(self, run_id: str) -> None: ...
+    def compare(self, earlier: str, later: str) -> list[Comparison]: ...
+    def questions(self, run: Run) -> list[Question]: ...
+
+
+class WorkspaceBackend:
+    """The backend over a real workspace."""
+
+    def __init__(self, workspace: Workspace) -> None:
+        self._workspace = workspace
+        self._known_files: dict[str, list[tuple[str, int, int]]] = {}
+        self._notebook: Notebook | None = None
+
+    @property
+    def root(self) -> Path:
+        return self._workspace.root
+
+    @property
+    def goal(self) -> str:
+        return self._workspace.settings.goal
+
+    @property
+    def baseline(self) -> str:
+        return self._workspace.settings.baseline
+
+    def app_log(self) -> Path:
+        """Return where the app writes its own defects."""
+        return self._workspace.artifacts / "logs" / "app.log"
+
+    def notebook(self) -> Notebook:
+        """Return the history; only runs whose files or liveness changed are read again."""
+        from synth_agent import journal, pipeline
+
+        live = pipeline.live_run(self._workspace)
+        files = self._files()
+        refused = len(journal.pending(self._workspace))
+        known = self._notebook
+        state = (live, refused, files)
+        if known is not None and state == (known.live, known.pending_commits, self._known_files):
+            return known
+        if known is None or files.keys() != self._known_files.keys():
+            runs = tuple(pipeline.list_runs(self._workspace))
+        else:
+            changed = {name for name in files if files[name] != self._known_files[name]}
+            changed |= {name for name in (live, known.live) if name is not None}
+            runs = tuple(self.run(r.id) if r.id in changed else r for r in known.runs)
+        rejections = tuple(pipeline.list_rejections(self._workspace))
+        self._known_files = files
+        self._notebook = Notebook(runs, rejections, live, refused)
+        return self._notebook
+
+    def _files(self) -> dict[str, list[tuple[str, int, int]]]:
+        """Return name, size and time of the files of each run, by the run's folder."""
+        found: dict[str, list[tuple[str, int, int]]] = {}
+        for path in sorted(self._workspace.runs.glob("*/*")):
+            if path.suffix in (".yaml", ".jsonl"):
+                status = path.stat()
+                entry = (path.name, status.st_size, status.st_mtime_ns)
+                found.setdefault(path.parent.name, []).append(entry)
+        return found
+
+    def run(self, run_id: str) -> Run:
+        from synth_agent import pipeline
+
+        return pipeline.load_run(self._workspace, run_id)
+
+    def live_run(self) -> str | None:
+        from synth_agent import pipeline
+
+        return pipeline.live_run(self._workspace)
+
+    def events(self, run_id: str) -> EventTail:
+        return EventTail(self._workspace.run(run_id).events)
+
+    def log_lines(self, run_id: str, stage: str) -> list[str]:
+        """Return the last lines of a stage's log; none when it has not started."""
+        path = self._workspace.logs(run_id) / f"{stage}.log"
+        if not path.is_file():
+            return []
+        with path.open("rb") as log:
+            size = log.seek(0, 2)
+            log.seek(max(0, size - _LOG_BYTES))
+            text = log.read().decode("utf-8", "replace")
+        lines = text.split("\n")
+        return [line for line in lines if line.strip()][-_LOG_LINES:]
+
+    def next_proposal(self) -> Proposal | None:
+        """Return what the planner would do next; None when there is nothing left."""
+        from synth_agent import pipeline
+        from synth_agent.planner import BuiltinPlanner
+
+        return BuiltinPlanner().propose(
+            self._workspace,
+            pipeline.list_runs(self._workspace),
+            pipeline.list_rejections(self._workspace),
+        )
+
+    def recipes(self) -> list[RecipeChoice]:
+        from synth_agent.recipes import list_recipes
+
+        return [
+            RecipeChoice(recipe.name, recipe.title, recipe.reason)
+            for recipe in list_recipes(self._workspace)
+        ]
+
+    def proposal_of(self, recipe_name: str) -> Proposal:
+        """Return a proposal for a recipe of the workspace.
+
+        Raises:
+            InvalidInput: If there is no such recipe.
+        """
+        from synth_agent.errors import nearest
+        from synth_agent.recipes import list_recipes
+
+        recipes = {recipe.name: recipe for recipe in list_recipes(self._workspace)}
+        if recipe_name not in recipes:
+            raise InvalidInput(
+                "No such recipe", f"{recipe_name!r} in recipes/", nearest(recipe_name, recipes)
+            )
+        return self._propose(recipes[recipe_name])
+
+    def _propose(self, recipe: Recipe) -> Proposal:
+        from synth_agent import pipeline
+        from synth_agent.planner import propose_recipe
+
+        history = pipeline.list_runs(self._workspace)
+        return propose_recipe(self._workspace, recipe, history)
+
+    def recipe_text(self, proposal: Proposal) -> str:
+        """Return a proposal's recipe as the YAML that a person edits."""
+        import yaml
+
+        mapping = {key: value for key, value in proposal.recipe.items() if key != "name"}
+        return yaml.safe_dump(_plain(mapping), sort_keys=False, allow_unicode=True, width=100)
+
+    def edited(self, proposal: Proposal, text: str) -> Proposal:
+        """Return the proposal with its recipe replaced by an edited text, checked.
+
+        Raises:
+            InvalidInput: If the text is no YAML mapping or no recipe that may run.
+        """
+        from synth_agent.recipes import recipe_from_mapping
+
+        name = str(proposal.recipe["name"])
+        mapping = _recipe_mapping(text)
+        if mapping == _plain({k: v for k, v in proposal.recipe.items() if k != "name"}):
+            return proposal
+        if not name.endswith("-edited"):
+            name = f"{name}-edited"
+        recipe = replace(
+            recipe_from_mapping(name, mapping),
+            title=proposal.title,
+            reason=f"{proposal.reason} Its recipe was edited by hand before the decision.",
+        )
+        edited = replace(
+            self._propose(recipe),
+            title=proposal.title,
+            reason=recipe.reason,
+            proposed_by=_editor(proposal),
+        )
+        self.validate(edited)
+        return edited
+
+    def validate(self, proposal: Proposal) -> None:
+        """Check all that can be checked before it runs.
+
+        Raises:
+            InvalidInput: Naming what is wrong.
+        """
+        from synth_agent import pipeline
+
+        pipeline.validate(self._workspace, proposal)
+
+    def difference(self, proposal: Proposal) -> list[DiffLine]:
+        """Return the recipe against its parent's, or against nothing for the first run."""
+        parent = self.run(proposal.parent).plan.proposal.recipe if proposal.parent else None
+        return _difference(parent, proposal.recipe)
+
+    def difference_of_runs(self, earlier: str, later: str) -> list[DiffLine]:
+        return _difference(
+            self.run(earlier).plan.proposal.recipe, self.run(later).plan.proposal.recipe
+        )
+
+    def approve(self, proposal: Proposal, shown_sha256: str) -> Plan:
+        from synth_agent import pipeline
+
+        return pipeline.approve(
+            self._workspace, proposal, shown_sha256=shown_sha256, approver=getpass.getuser()
+        )
+
+    def reject(self, proposal: Proposal, reason: str) -> str:
+        from synth_agent import pipeline
+
+        return pipeline.reject(self._workspace, proposal, reason=reason, by=getpass.getuser())
+
+    def launch(self, plan: Plan) -> None:
+        from synth_agent import pipeline
+
+        pipeline.launch(self._workspace, plan)
+
+    def resume(self, run_id: str) -> None:
+        from synth_agent import pipeline
+
+        pipeline.resume(self._workspace, run_id)
+
+    def cancel(self, run_id: str) -> None:
+        from synth_agent import pipeline
+
+        pipeline.cancel(self._workspace, run_id)
+
+    def compare(self, earlier: str, later: str) -> list[Comparison]:
+        from synth_agent import pipeline
+
+        return list(pipeline.compare_runs(self._workspace, earlier, later))
+
+    def questions(self, run: Run) -> list[Question]:
+        """Return the run's questions with predictions, each with its parent's score if known."""
+        parent = run.plan.proposal.parent
+        before: dict[tuple[str, str], float] = {}
+        if parent is not None:
+            for record in self._answered(self.run(parent)):
+                before[record.benchmark, record.id] = record.score
+        return [
+            replace(record, parent_score=before.get((record.benchmark, record.id)))
+            for record in self._answered(run)
+        ]
+
+    def _answered(self, run: Run) -> list[Question]:
+        found: list[Question] = []
+        pictures = Path(run.plan.proposal.settings["evaluate"]["textvqa"]["images"])
+        for score in run.scores.values():
+            path = self._workspace.path(score.predictions)
+            if path.is_file():
+                found += [
+                    replace(question, picture=str(pictures / question.picture))
+                    if question.picture
+                    else question
+                    for question in read_questions(path, score.benchmark)
+                ]
+        return found
+
+
+def _recipe_mapping(text: str) -> dict[str, Any]:
+    import yaml
+
+    try:
+        mapping = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise InvalidInput("Not YAML", str(error), "correct the syntax") from error
+    if not isinstance(mapping, dict):
+        raise InvalidInput("Not a recipe", "the text is not a mapping", "write `process:` first")
+    return mapping
+
+
+def _difference(parent: Mapping[str, Any] | None, recipe: Mapping[str, Any]) -> list[DiffLine]:
+    from synth_agent.recipes import diff_recipes, recipe_from_mapping
+
+    before = recipe_from_mapping(str(parent["name"]), parent) if parent is not None else None
+    return list(diff_recipes(before, recipe_from_mapping(str(recipe["name"]), recipe)))
+
+
+def _editor(proposal: Proposal) -> str:
+    edit = f"{getpass.getuser()}, editing "
+    return proposal.proposed_by if edit in proposal.proposed_by else edit + proposal.proposed_by
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return value

@@ -1,0 +1,150 @@
+"""Facts that threads and screens report; the handlers that receive them own all state."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from textual.message import Message
+
+from synth_agent.runs import Comparison, Event, EventTail, Proposal, Run
+from synth_agent.ui.backend import Notebook, RecipeChoice
+from synth_agent.ui.questions import Question
+
+if TYPE_CHECKING:
+    from synth_agent.recipes import DiffLine
+
+
+@dataclass
+class NotebookRead(Message):
+    """The history was read."""
+
+    notebook: Notebook
+
+
+@dataclass
+class NextProposed(Message):
+    """The planner answered; None means that nothing is left to try."""
+
+    proposal: Proposal | None
+
+
+@dataclass
+class Failed(Message):
+    """Something that a thread did ended in an error."""
+
+    error: BaseException
+
+
+@dataclass
+class ReviewRequested(Message):
+    """The user wants to see a proposal at the gate."""
+
+    proposal: Proposal
+
+
+@dataclass
+class ProposalReady(Message):
+    """A proposal is complete, with its difference from its parent and its recipe's text."""
+
+    proposal: Proposal
+    difference: list[DiffLine]
+    text: str
+    problem: str
+    """Why it cannot run; empty when it can."""
+
+
+@dataclass
+class EditChecked(Message):
+    """An edited recipe was checked: a new proposal, or why it is none."""
+
+    text: str
+    proposal: Proposal | None
+    difference: list[DiffLine]
+    problem: str
+
+
+@dataclass
+class RecipesListed(Message):
+    """The workspace's recipes were read."""
+
+    recipes: list[RecipeChoice]
+
+
+@dataclass
+class RunLaunched(Message):
+    """A worker was started for a run."""
+
+    run_id: str
+
+
+@dataclass
+class ProposalRejected(Message):
+    """A rejection was recorded."""
+
+    rejection_id: str
+
+
+@dataclass
+class RunRequested(Message):
+    """The user wants to see a run's stages."""
+
+    run_id: str
+
+
+@dataclass
+class ResultsRequested(Message):
+    """The user wants to see a run's scores."""
+
+    run_id: str
+
+
+@dataclass
+class RunOpened(Message):
+    """A run was read from its beginning; `tail` continues after what `run` holds."""
+
+    run: Run
+    tail: EventTail
+    is_live: bool
+
+
+@dataclass
+class EventsArrived(Message):
+    """A run's log grew, or its worker came or went."""
+
+    run_id: str
+    events: list[Event]
+    is_live: bool
+
+
+@dataclass
+class LogRead(Message):
+    """The end of a stage's log was read."""
+
+    run_id: str
+    stage: str
+    lines: list[str]
+
+
+@dataclass
+class CancelRequested(Message):
+    """The worker was told to stop."""
+
+    run_id: str
+
+
+@dataclass
+class QuestionsRead(Message):
+    """A run's answered questions were read."""
+
+    run_id: str
+    questions: list[Question]
+
+
+@dataclass
+class RunsCompared(Message):
+    """Two runs were compared."""
+
+    comparisons: list[Comparison]
+    difference: list[DiffLine]
+    problem: str

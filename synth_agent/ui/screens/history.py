@@ -1,0 +1,172 @@
+"""Every run and every rejection, in one table. Two marked runs can be compared."""
+
+from __future__ import annotations
+
+from rich.text import Text
+from textual import on
+from textual.app import ComposeResult
+from textual.binding import Binding
+from textual.color import Color
+from textual.content import Content
+from textual.widgets import DataTable
+
+from synth_agent.runs import Rejection, Run
+from synth_agent.ui.backend import Backend, Notebook
+from synth_agent.ui.messages import ResultsRequested, RunRequested
+from synth_agent.ui.screens.base import NotebookScreen
+from synth_agent.ui.screens.compare import CompareScreen
+from synth_agent.ui.text import STATES, VERDICTS, Sign, clean, clock, shorten
+from synth_agent.ui.widgets.drawing import Drawing
+
+_WIDE = 100
+"""From this width on, every column fits."""
+_COLUMNS = ("run", "samples", "TextVQA", "MMBench", "verdict", "state")
+_MORE_COLUMNS = ("kind", "recipe", "time (UTC)")
+
+
+class HistoryScreen(NotebookScreen):
+    """The experiment log as a table, newest first."""
+
+    PLACE = "history"
+    BINDINGS = [
+        Binding("space", "mark", "Mark", id="history.mark"),
+        Binding("equals_sign", "compare", "Compare marked", key_display="=", id="history.compare"),
+    ]
+
+    def __init__(self, backend: Backend) -> None:
+        super().__init__(backend)
+        self._marked: list[str] = []
+
+    def compose_body(self) -> ComposeResult:
+        yield Drawing(id="history-head")
+        yield DataTable(id="history", cursor_type="row")
+        yield Drawing(id="history-detail", classes="panel")
+
+    def on_mount(self) -> None:
+        self.query_one(DataTable).focus()
+
+    def on_resize(self) -> None:
+        if self.is_ready and self.notebook is not None:
+            self.show_notebook(self.notebook)
+
+    def show_notebook(self, notebook: Notebook) -> None:
+        table = self.query_one(DataTable)
+        cursor = table.cursor_row
+        is_wide = self.size.width >= _WIDE
+        table.clear(columns=True)
+        table.add_columns(*_COLUMNS, *(_MORE_COLUMNS if is_wide else ()))
+        for run in reversed(notebook.runs):
+            self._add_row(run.id, self._run_cells(run), is_wide)
+        for rejection in reversed(notebook.rejections):
+            self._add_row(rejection.id, self._rejection_cells(rejection), is_wide)
+        table.move_cursor(row=min(cursor, max(0, table.row_count - 1)))
+        words = (
+            f"{len(notebook.runs)} runs, {len(notebook.rejections)} rejected proposals. "
+            "enter opens, space marks two, = compares."
+            if table.row_count
+            else "No runs yet. Press 1 and start with the baseline."
+        )
+        content = Content.styled(words, "$foreground-muted")
+        self.query_one("#history-head", Drawing).show(lambda width, height: content)
+        self.query_one("#history-detail").display = bool(table.row_count)
+
+    def _add_row(self, key: str, cells: list[Text], is_wide: bool) -> None:
+        shown = cells if is_wide else cells[: len(_COLUMNS)]
+        self.query_one(DataTable).add_row(*shown, key=key)
+
+    def _label_of(self, key: str) -> Text:
+        mark = "●" if key in self._marked else " "
+        return Text(f"{mark} {shorten(clean(key), 30 if self.size.width >= _WIDE else 16)}")
+
+    def _run_cells(self, run: Run) -> list[Text]:
+        proposal = run.plan.proposal
+        kept = run.stages["process"].result.get("kept")
+        return [
+            self._label_of(run.id),
+            Text(f"{kept:,}" if isinstance(kept, int) else "", justify="right"),
+            _score_text(run, "textvqa"),
+            _score_text(run, "mmbench"),
+            self._sign_text(VERDICTS[run.verdict]) if run.verdict else Text(""),
+            self._sign_text(STATES[run.status]),
+            Text(proposal.kind),
+            Text(shorten(clean(proposal.recipe.get("name", "")), 24)),
+            Text(clock(run.finished or run.started or run.plan.approved_at)),
+        ]
+
+    def _rejection_cells(self, rejection: Rejection) -> list[Text]:
+        proposal = rejection.proposal
+        return [
+            self._label_of(rejection.id),
+            *(Text(""),) * 4,
+            self._sign_text(STATES["rejected"]),
+            Text(proposal.kind),
+            Text(shorten(clean(proposal.recipe.get("name", "")), 24)),
+            Text(clock(rejection.at)),
+        ]
+
+    def _sign_text(self, sign: Sign) -> Text:
+        color = Color.parse(self.app.theme_variables[sign.style])
+        return Text(sign.text, style=f"rgb({color.r},{color.g},{color.b})")
+
+    @on(DataTable.RowHighlighted)
+    def _follow_cursor(self, event: DataTable.RowHighlighted) -> None:
+        words = self._detail(event.row_key.value)
+        self.query_one("#history-detail", Drawing).show(lambda width, height: words)
+
+    def _detail(self, key: str | None) -> Content:
+        notebook = self.notebook
+        if notebook is None:
+            return Content("")
+        run = notebook.run(key)
+        if run is not None:
+            return _described(run.plan.proposal.title, run.plan.proposal.reason)
+        for rejection in notebook.rejections:
+            if rejection.id == key:
+                why = f"Rejected by {rejection.by}: {rejection.reason}"
+                return _described(rejection.proposal.title, why)
+        return Content("")
+
+    @on(DataTable.RowSelected)
+    def _open_row(self, event: DataTable.RowSelected) -> None:
+        run = self.notebook.run(event.row_key.value) if self.notebook else None
+        if run is None:
+            self.notify("A rejected proposal has no run.", markup=False)
+        elif run.scores:
+            self.post_message(ResultsRequested(run.id))
+        else:
+            self.post_message(RunRequested(run.id))
+
+    def action_mark(self) -> None:
+        table = self.query_one(DataTable)
+        if self.notebook is None or not table.row_count:
+            return
+        key = table.coordinate_to_cell_key(table.cursor_coordinate).row_key.value
+        if key is None or self.notebook.run(key) is None:
+            self.notify("Only runs can be compared.", markup=False)
+            return
+        if key in self._marked:
+            self._marked.remove(key)
+        else:
+            self._marked = [*self._marked[-1:], key]
+        self.show_notebook(self.notebook)
+
+    def action_compare(self) -> None:
+        if self.notebook is None:
+            return
+        chosen = sorted(run.id for run in self.notebook.runs if run.id in self._marked)
+        if len(chosen) != 2:
+            self.notify("Mark two runs with space first.", markup=False)
+            return
+        runs = [run for run in self.notebook.runs if run.id in chosen]
+        screen = CompareScreen(self.backend, runs[0], runs[1])
+        screen.notebook = self.notebook
+        self.app.push_screen(screen)
+
+
+def _score_text(run: Run, benchmark: str) -> Text:
+    score = run.scores.get(benchmark)
+    return Text(f"{score.percent:.1f}" if score else "", justify="right")
+
+
+def _described(title: str, reason: str) -> Content:
+    return Content.assemble((clean(title), "bold"), "\n", (clean(reason), "$foreground-muted"))

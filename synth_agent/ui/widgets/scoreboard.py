@@ -1,0 +1,112 @@
+"""Scores as text: intervals on a shared axis with the chance level, and differences in words.
+
+Pure functions from runs to `Content`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from textual.content import Content
+
+from synth_agent.runs import Comparison, Run, Score
+from synth_agent.ui.plots import Axis, axis_line, interval_line, nice_axis
+from synth_agent.ui.text import VERDICTS, clean, fit, shorten
+from synth_agent.wording import benchmark_name
+
+CHANCE_MARK = "┊"
+_NUMBERS = 21
+"""Cells of ` 54.2 [50.2, 58.1]` and its margin."""
+
+
+def forest(rows: Sequence[tuple[str, Run]], benchmark: str, width: int) -> Content:
+    """Return one benchmark's scores of several runs, one line each, over one axis.
+
+    Args:
+        rows: Label and run; runs without this score are said to have none.
+        benchmark: Which score.
+        width: Cells.
+    """
+    scores = [run.scores[benchmark] for _, run in rows if benchmark in run.scores]
+    if not scores:
+        return Content.styled(f"{benchmark_name(benchmark)}: no score yet", "$foreground-muted")
+    label_width = min(max(len(label) for label, _ in rows), max(8, width // 3))
+    plot_width = width - label_width - _NUMBERS - 2
+    axis = nice_axis([score.high for score in scores] + [scores[0].chance], zero=True)
+    lines = [_heading(scores[0])]
+    for label, run in rows:
+        lines.append(_row(label, run.scores.get(benchmark), axis, label_width, plot_width))
+    if plot_width >= 12:
+        indent = " " * (label_width + 1)
+        lines.append(Content.styled(indent + axis_line(axis, plot_width), "$foreground-muted"))
+    return Content("\n").join(lines)
+
+
+def _heading(score: Score) -> Content:
+    return Content.assemble(
+        (benchmark_name(score.benchmark), "bold"),
+        (
+            f"  {clean(score.metric)}, {score.num_questions:,} questions, "
+            f"chance {score.chance:.1f} {CHANCE_MARK}",
+            "$foreground-muted",
+        ),
+    )
+
+
+def _row(label: str, score: Score | None, axis: Axis, label_width: int, plot_width: int) -> Content:
+    name = fit(clean(label), label_width)
+    if score is None:
+        return Content.assemble(name, (" no score", "$foreground-muted"))
+    plot = ""
+    if plot_width >= 12:
+        plot = interval_line(
+            score.low,
+            score.percent,
+            score.high,
+            axis=axis,
+            width=plot_width,
+            marks={score.chance: CHANCE_MARK},
+        )
+    return Content.assemble(
+        name,
+        " ",
+        (plot, "$primary"),
+        (f" {score.percent:5.1f}", "bold"),
+        (f" [{score.low:4.1f}, {score.high:4.1f}]", "$foreground-muted"),
+    )
+
+
+def difference_line(comparison: Comparison, width: int) -> Content:
+    """Return a difference with its interval and verdict in one line."""
+    sign = VERDICTS[comparison.verdict]
+    basis = f"  {comparison.num_questions:,} questions, 95 % paired interval"
+    return Content.assemble(
+        f"{fit(benchmark_name(comparison.benchmark), 9)}",
+        (f"{comparison.difference:+5.1f} points", "bold"),
+        (f" [{comparison.low:+.1f}, {comparison.high:+.1f}]  ", "$foreground-muted"),
+        (sign.text, f"bold ${sign.style}"),
+        (shorten(basis, max(0, width - 50)) if width >= 64 else "", "$foreground-muted"),
+    )
+
+
+def benchmarks(runs: Sequence[Run]) -> list[str]:
+    """Return the benchmarks that the runs have scores of, in order of first appearance."""
+    return list(dict.fromkeys(name for run in runs for name in run.scores))
+
+
+def verdict_words(run: Run) -> Content:
+    """Return what a finished run means, in a sentence."""
+    if run.verdict is None:
+        return Content("")
+    sign = VERDICTS[run.verdict]
+    meaning = {
+        "baseline": "Later runs are compared with this one.",
+        "better": "The gain is larger than chance explains on these questions.",
+        "worse": "The loss is larger than chance explains on these questions.",
+        "inside noise": "The difference is no larger than chance explains: no change was shown.",
+        "mixed": "One benchmark gained and another lost.",
+        "failed": "The run did not reach a score.",
+    }[run.verdict]
+    return Content.assemble(
+        ("Verdict  ", "$foreground-muted"), (sign.text, f"bold ${sign.style}"), f"  {meaning}"
+    )

@@ -1,0 +1,22 @@
+"""How facts are said: the same words in the app and on the command line. Imports nothing."""
+
+from __future__ import annotations
+
+BENCHMARK_NAMES = {"textvqa": "TextVQA", "mmbench": "MMBench"}
+
+
+def benchmark_name(benchmark: str) -> str:
+    """Return a benchmark's name as it is written in papers."""
+    return BENCHMARK_NAMES.get(benchmark, benchmark)
+
+
+def duration(seconds: float | None) -> str:
+    """Return a time span as people say it: `48 s`, `3 min 05 s`, `2 h 10 min`."""
+    if seconds is None:
+        return "unknown time"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"

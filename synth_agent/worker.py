@@ -1,0 +1,421 @@
+"""The worker of one run: runs its stages, writes its events, judges it and commits it.
+
+    python -m synth_agent.worker RUN_ID [--workspace DIR]
+
+It holds the workspace's lock for its life and is the only writer of the run's event log. SIGTERM
+only sets a flag; the loop passes it on to the stage. Exit codes: 0 the run ended in a stated
+status, whatever it is; others are those of `errors`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from types import FrameType
+from typing import IO, Any
+
+import psutil
+
+from synth_agent import __version__, journal
+from synth_agent.digests import Digests
+from synth_agent.errors import EXIT_OK, Busy, SynthAgentError
+from synth_agent.pipeline import compare_runs, last_lines, load_run, question_scores
+from synth_agent.referee import interval, overall
+from synth_agent.runs import EventLog, Plan, Run, Score, Verdict, load_plan, now
+from synth_agent.stage_plan import BUILDERS, Context, Stage, StageBuilder
+from synth_agent.summary import write_index, write_summary
+from synth_agent.workspace import Workspace, open_workspace, stage_environment
+
+GRACE_SECONDS = 40.0
+"""A launcher of several ranks may give them 30 s, so a stage gets longer."""
+_POLL_SECONDS = 0.1
+_FORWARD_SECONDS = 0.25
+
+
+class StageFailed(SynthAgentError):
+    """A stage ended without its outputs."""
+
+
+class Cancelled(Exception):
+    """The run was asked to stop."""
+
+
+class CancelFlag:
+    """Set by SIGTERM or SIGINT, read by the stage loop."""
+
+    def __init__(self) -> None:
+        self.requested = False
+
+    def request(self, number: int, frame: FrameType | None) -> None:
+        """Handle the signal."""
+        self.requested = True
+
+
+class ProgressTail:
+    """Forward a stage's progress to the event log, at most four times a second."""
+
+    def __init__(self, path: Path, stage: str, events: EventLog) -> None:
+        self._path, self._stage, self._events = path, stage, events
+        self._offset = path.stat().st_size if path.exists() else 0
+        self._first: tuple[float, int] | None = None
+        self._last: dict[str, Any] | None = None
+        self._sent = 0.0
+        self.error: dict[str, str] | None = None
+
+    def forward(self, *, final: bool = False) -> None:
+        """Read the new lines and write at most one event; the final call writes what is left."""
+        if self._path.exists():
+            with self._path.open("rb") as source:
+                source.seek(self._offset)
+                data = source.read()
+            end = data.rfind(b"\n") + 1
+            self._offset += end
+            for line in data[:end].splitlines():
+                self._take(line)
+        if self._last is not None and (final or time.monotonic() - self._sent > _FORWARD_SECONDS):
+            self._events.append("progress", stage=self._stage, **self._last)
+            self._last, self._sent = None, time.monotonic()
+
+    def _take(self, line: bytes) -> None:
+        try:
+            record = json.loads(line)
+        except ValueError:
+            return
+        record.pop("time", None)
+        if "error" in record:
+            self.error = record["error"]
+            return
+        step, total = record.get("step", 0), record.get("total", 0)
+        if self._first is None or step < self._first[1]:
+            self._first = (time.monotonic(), step)
+        done, seconds = step - self._first[1], time.monotonic() - self._first[0]
+        if done > 0 and total:
+            record["eta_seconds"] = round((total - step) * seconds / done, 1)
+        self._last = record
+
+
+def work(
+    workspace: Workspace, run_id: str, builders: Mapping[str, StageBuilder] = BUILDERS
+) -> None:
+    """Run a plan to a stated status. The caller holds the lock.
+
+    Raises:
+        InvalidInput: If the plan is not the one that was approved.
+    """
+    plan = load_plan(workspace.run(run_id).plan)
+    before = load_run(workspace, run_id)
+    flag = CancelFlag()
+    signal.signal(signal.SIGTERM, flag.request)
+    signal.signal(signal.SIGINT, flag.request)
+    events = EventLog(workspace.run(run_id).events)
+    resumed = before.started is not None
+    events.append(
+        "run_started",
+        pid=os.getpid(),
+        host=socket.gethostname(),
+        worker_version=__version__,
+        resumed=resumed,
+    )
+    try:
+        end_survivor(before)
+        outputs = _run_stages(workspace, plan, builders, events, flag)
+        verdict = _judge(workspace, plan, outputs["evaluate"], events)
+        events.append("run_finished", status="succeeded", verdict=verdict, message="", error=None)
+    except Cancelled:
+        _finish(events, "cancelled", None)
+    except SynthAgentError as error:
+        _finish(events, "failed", error)
+    except OSError as error:
+        _finish(events, "failed", SynthAgentError("System error", str(error), "free disk space?"))
+    finally:
+        events.close()
+    _record(workspace, run_id)
+
+
+def end_survivor(run: Run) -> None:
+    """End a stage that outlived an earlier worker, so that two never write one folder."""
+    for stage in run.stages.values():
+        if stage.status != "running" or stage.pid is None or stage.pid_started is None:
+            continue
+        try:
+            process = psutil.Process(stage.pid)
+            if abs(process.create_time() - stage.pid_started) > 1:
+                continue
+            process.terminate()
+            try:
+                process.wait(GRACE_SECONDS)
+            except psutil.TimeoutExpired:
+                process.kill()
+        except psutil.NoSuchProcess:
+            continue
+
+
+def _run_stages(
+    workspace: Workspace,
+    plan: Plan,
+    builders: Mapping[str, StageBuilder],
+    events: EventLog,
+    flag: CancelFlag,
+) -> dict[str, Path]:
+    digests, outputs = Digests(workspace), dict[str, Path]()
+    for name, build in builders.items():
+        if flag.requested:
+            raise Cancelled
+        stage = build(Context(workspace, plan, digests, dict(outputs)))
+        digests.save()
+        if stage.output.is_dir() and not stage.missing(stage.output):
+            relative = str(stage.output.relative_to(workspace.root))
+            result = _result(stage)
+            events.append("stage_reused", stage=name, key=stage.key, output=relative, result=result)
+        else:
+            _run_stage(workspace, plan.run_id, stage, events, flag)
+        outputs[name] = stage.output
+    return outputs
+
+
+def _run_stage(
+    workspace: Workspace, run_id: str, stage: Stage, events: EventLog, flag: CancelFlag
+) -> None:
+    started, code = time.monotonic(), 0
+    stage.partial.mkdir(parents=True, exist_ok=True)
+    logs = workspace.logs(run_id)
+    logs.mkdir(parents=True, exist_ok=True)
+    for path, config in stage.configs.items():
+        path.write_text(json.dumps(config, indent=2), "utf-8")
+    tail = ProgressTail(logs / f"{stage.name}.progress.jsonl", stage.name, events)
+    error: dict[str, str] | None = None
+    with (logs / f"{stage.name}.log").open("ab") as log:
+        for command in stage.commands:
+            code = _run_command(workspace, stage, command, log, events, tail, flag)
+            if code or flag.requested:
+                break
+    missing = stage.missing(stage.partial)
+    if flag.requested and (code or missing):
+        status = "cancelled"
+    elif code or missing:
+        status = "failed"
+        error = tail.error or _failure(stage, code, missing, logs / f"{stage.name}.log")
+    else:
+        status = "succeeded"
+        if stage.output.exists():
+            shutil.rmtree(stage.output)
+        stage.partial.rename(stage.output)
+    events.append(
+        "stage_finished",
+        stage=stage.name,
+        key=stage.key,
+        status=status,
+        exit_code=code,
+        seconds=round(time.monotonic() - started, 3),
+        output=str(stage.output.relative_to(workspace.root)) if status == "succeeded" else None,
+        result=_result(stage) if status == "succeeded" else {},
+        error=error,
+    )
+    if status == "cancelled":
+        raise Cancelled
+    if error is not None:
+        raise StageFailed(error["title"], error["message"], error.get("hint", ""))
+
+
+def _run_command(
+    workspace: Workspace,
+    stage: Stage,
+    command: Sequence[str],
+    log: IO[bytes],
+    events: EventLog,
+    tail: ProgressTail,
+    flag: CancelFlag,
+) -> int:
+    process = subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=log,
+        stderr=subprocess.STDOUT,
+        cwd=workspace.root,
+        env=stage_environment(workspace),
+        start_new_session=True,
+    )
+    try:
+        pid_started = psutil.Process(process.pid).create_time()
+    except psutil.NoSuchProcess:
+        pid_started = None
+    try:
+        events.append(
+            "stage_started",
+            stage=stage.name,
+            key=stage.key,
+            pid=process.pid,
+            pid_started=pid_started,
+            command=list(command),
+        )
+        while process.poll() is None and not flag.requested:
+            tail.forward()
+            time.sleep(_POLL_SECONDS)
+    finally:
+        if process.poll() is None:
+            _stop(process)
+    tail.forward(final=True)
+    return process.returncode
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    process.terminate()
+    try:
+        process.wait(GRACE_SECONDS)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def _failure(stage: Stage, code: int, missing: Sequence[str], log: Path) -> dict[str, str]:
+    if code:
+        message = f"exit code {code}\n{last_lines(log)}"
+    else:
+        message = f"{stage.partial} lacks {', '.join(missing)}"
+    return {"title": f"Stage {stage.name} failed", "message": message, "hint": f"see {log}"}
+
+
+def _result(stage: Stage) -> dict[str, Any]:
+    if stage.result is None:
+        return {}
+    loaded: dict[str, Any] = json.loads((stage.output / stage.result).read_text("utf-8"))
+    return loaded
+
+
+def _judge(workspace: Workspace, plan: Plan, output: Path, events: EventLog) -> Verdict:
+    for folder in sorted(path.parent for path in output.glob("*/score.json")):
+        score = read_score(workspace, folder)
+        events.append("score_recorded", score=asdict(score))
+    parent = plan.proposal.parent
+    if parent is None:
+        return "baseline"
+    comparisons = compare_runs(workspace, parent, plan.run_id)
+    for comparison in comparisons:
+        events.append("compared", comparison=asdict(comparison))
+    outcomes = [c.verdict for c in comparisons if c.verdict in ("better", "worse", "inside noise")]
+    return overall(outcomes)  # type: ignore[arg-type]
+
+
+def read_score(workspace: Workspace, folder: Path) -> Score:
+    """Build a score from a benchmark's folder.
+
+    Raises:
+        StageFailed: If the predictions do not give the score that the program wrote.
+    """
+    raw = json.loads((folder / "score.json").read_text("utf-8"))
+    predictions = folder / "predictions.jsonl"
+    values = list(question_scores(predictions).values())
+    percent = float(raw["score_percent"])
+    mean = 100 * sum(values) / len(values)
+    if abs(mean - percent) > 0.06:
+        raise StageFailed(
+            "Score does not follow from the predictions",
+            f"{predictions} gives {mean:.2f}, score.json says {percent:.2f}",
+            "delete the folder and resume the run",
+        )
+    low, high = interval(values)
+    return Score(
+        benchmark=raw["benchmark"],
+        split=raw["split"],
+        metric=raw["metric"],
+        percent=percent,
+        low=low,
+        high=high,
+        chance=float(raw["chance_percent"]),
+        num_questions=len(values),
+        predictions_sha256=raw["predictions_sha256"],
+        predictions=str(predictions.relative_to(workspace.root)),
+        scorer=str(raw["scorer"]),
+        categories=raw["categories"],
+        extra=raw["metrics"],
+    )
+
+
+def _finish(events: EventLog, status: str, error: SynthAgentError | None) -> None:
+    try:
+        events.append(
+            "run_finished",
+            status=status,
+            verdict="failed" if status == "failed" else None,
+            message=error.message if error else "stopped on request",
+            error=error.as_dict() if error else None,
+        )
+    except OSError as cause:
+        # On a full disk the log cannot say it; the run then reads as interrupted.
+        print(f"{now()} cannot record that the run {status}: {cause}", file=sys.stderr)
+
+
+def _record(workspace: Workspace, run_id: str) -> None:
+    run, paths = load_run(workspace, run_id), workspace.run(run_id)
+    try:
+        if run.scores:
+            scores = {name: asdict(score) for name, score in run.scores.items()}
+            paths.scores.write_text(json.dumps(scores, indent=2) + "\n", "utf-8")
+        write_summary(workspace, run)
+        index = write_index(workspace)
+        trailers = {"Run": run_id, "Parent": run.plan.proposal.parent or "none"}
+        trailers["Verdict"] = run.verdict or run.status
+        for name, label in (("textvqa", "TextVQA"), ("mmbench", "MMBench")):
+            if name in run.scores:
+                trailers[label] = f"{run.scores[name].percent:.2f}"
+        message = f"run: {run_id} {run.verdict or run.status}"
+        journal.commit(workspace, [paths.root, index], message, trailers)
+    except OSError as error:
+        print(f"{now()} the run's record is incomplete: {error}", file=sys.stderr)
+
+
+def hold_lock(workspace: Workspace, run_id: str) -> IO[str]:
+    """Take the workspace's lock; it is free again when the file is closed or the process dies.
+
+    Raises:
+        Busy: If another worker holds it.
+    """
+    workspace.artifacts.mkdir(parents=True, exist_ok=True)
+    lock = workspace.lock.open("a+")
+    # A reader that asks whether the lock is held takes it shared for an instant.
+    for _ in range(20):
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except BlockingIOError:
+            time.sleep(0.02)
+    else:
+        lock.close()
+        raise Busy("A run is live", f"{workspace.lock} is held", "wait or cancel it")
+    lock.truncate(0)
+    lock.write(f"{os.getpid()} {run_id}")
+    lock.flush()
+    return lock
+
+
+def main(
+    arguments: Sequence[str] | None = None, builders: Mapping[str, StageBuilder] = BUILDERS
+) -> int:
+    """Run the worker and return its exit code."""
+    parser = argparse.ArgumentParser(prog="python -m synth_agent.worker")
+    parser.add_argument("run_id")
+    parser.add_argument("--workspace", type=Path, default=Path())
+    options = parser.parse_args(arguments)
+    try:
+        workspace = open_workspace(options.workspace)
+        with hold_lock(workspace, options.run_id):
+            work(workspace, options.run_id, builders)
+    except SynthAgentError as error:
+        print(f"{error.title}: {error.message}\n{error.hint}", file=sys.stderr)
+        return error.exit_code
+    return EXIT_OK
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,42 @@
+"""A git workspace in a temporary folder, and no network."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from synth_agent.workspace import Workspace, open_workspace
+
+
+@pytest.fixture(autouse=True)
+def refuse_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let local sockets connect and nothing else."""
+    connect = socket.socket.connect
+
+    def local_only(self: socket.socket, address: object) -> None:
+        if self.family != socket.AF_UNIX:
+            raise OSError("tests have no network")
+        connect(self, address)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(socket.socket, "connect", local_only)
+
+
+@pytest.fixture
+def git_workspace(tmp_path: Path) -> Workspace:
+    """A committed workspace with an identity of its own."""
+    root = tmp_path / "workspace"
+    root.mkdir()
+    (root / "synth.yaml").write_text("goal: test\n")
+    (root / ".gitignore").write_text("artifacts/\n")
+    for command in (
+        ["init", "-q", "-b", "main"],
+        ["config", "user.name", "Test"],
+        ["config", "user.email", "test@localhost"],
+        ["add", "."],
+        ["commit", "-q", "-m", "start"],
+    ):
+        subprocess.run(["git", *command], cwd=root, check=True)
+    return open_workspace(root)

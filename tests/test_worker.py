@@ -1,0 +1,119 @@
+"""The worker with real processes: finish, fail, cancel, kill and resume."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from synth_agent import journal, pipeline
+from synth_agent.errors import Conflict, InvalidInput
+from synth_agent.runs import Cost, Plan, Proposal, Run
+from synth_agent.workspace import Workspace
+
+PROGRAM = (sys.executable, str(Path(__file__).with_name("stage_programs.py")))
+
+
+@pytest.fixture(autouse=True)
+def importable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).resolve().parents[1]))
+
+
+def approve(workspace: Workspace, parent: str | None = None) -> Plan:
+    cost = Cost(8, None, None, "none")
+    proposal = Proposal(
+        "A run", "try", "explore", "why", (), parent, {"name": "r", "process": []}, {}, cost, "me"
+    )
+    return pipeline.approve(workspace, proposal, shown_sha256=proposal.sha256, approver="a person")
+
+
+def wait_for(workspace: Workspace, run_id: str, ready: Callable[[Run], bool]) -> Run:
+    deadline = time.monotonic() + 30
+    while not ready(run := pipeline.load_run(workspace, run_id)):
+        assert time.monotonic() < deadline, run
+        time.sleep(0.05)
+    return run
+
+
+def ended(workspace: Workspace, run_id: str) -> Run:
+    wait_for(workspace, run_id, lambda r: pipeline.live_run(workspace) is None)
+    return pipeline.load_run(workspace, run_id)
+
+
+def mode(workspace: Workspace, stage: str, how: str) -> None:
+    workspace.artifacts.mkdir(exist_ok=True)
+    (workspace.artifacts / f"mode-{stage}").write_text(how)
+
+
+def test_runs_then_reuses_everything(git_workspace: Workspace) -> None:
+    first = approve(git_workspace)
+    pipeline.launch(git_workspace, first, program=PROGRAM)
+    run = ended(git_workspace, first.run_id)
+    assert (run.status, run.verdict, run.scores["textvqa"].percent) == (
+        "succeeded",
+        "baseline",
+        50.0,
+    )
+    second = approve(git_workspace, parent=first.run_id)
+    pipeline.launch(git_workspace, second, program=PROGRAM)
+    run = ended(git_workspace, second.run_id)
+    assert {stage.status for stage in run.stages.values()} == {"reused"}
+    assert run.verdict == "inside noise"
+    assert len(journal.history(git_workspace)) == 4
+    assert journal.history(git_workspace)[0].trailers["TextVQA"] == "50.00"
+
+
+def test_failed_stage_names_its_log(git_workspace: Workspace) -> None:
+    mode(git_workspace, "pretrain", "fail")
+    plan = approve(git_workspace)
+    pipeline.launch(git_workspace, plan, program=PROGRAM)
+    run = ended(git_workspace, plan.run_id)
+    assert run.status == "failed"
+    assert "disk of dreams" in run.message
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_stopped_run_resumes(git_workspace: Workspace, number: signal.Signals) -> None:
+    mode(git_workspace, "pretrain", "hang")
+    plan = approve(git_workspace)
+    pid = pipeline.launch(git_workspace, plan, program=PROGRAM)
+    wait_for(git_workspace, plan.run_id, lambda r: bool(r.stages["pretrain"].progress))
+    os.kill(pid, number)
+    run = ended(git_workspace, plan.run_id)
+    assert run.status == ("cancelled" if number == signal.SIGTERM else "interrupted")
+    mode(git_workspace, "pretrain", "")
+    pipeline.resume(git_workspace, plan.run_id, program=PROGRAM)
+    assert ended(git_workspace, plan.run_id).status == "succeeded"
+
+
+def test_changed_proposal_and_edited_plan_are_refused(git_workspace: Workspace) -> None:
+    plan = approve(git_workspace)
+    with pytest.raises(Conflict):
+        pipeline.approve(git_workspace, plan.proposal, shown_sha256="0" * 64, approver="x")
+    path = git_workspace.run(plan.run_id).plan
+    path.write_text(path.read_text().replace("title: A run", "title: B run"))
+    with pytest.raises(InvalidInput):
+        pipeline.launch(git_workspace, plan, program=PROGRAM)
+
+
+def test_commit_leaves_the_users_changes_alone(git_workspace: Workspace) -> None:
+    root = git_workspace.root
+    (root / "staged").write_text("staged")
+    subprocess.run(["git", "add", "staged"], cwd=root, check=True)
+    (root / "synth.yaml").write_text("goal: dirty\n")
+    (root / "loose").write_text("untracked")
+    status = ["git", "status", "--porcelain"]
+    before = subprocess.run(status, cwd=root, capture_output=True, check=True).stdout
+    approve(git_workspace)
+    assert subprocess.run(status, cwd=root, capture_output=True, check=True).stdout == before
+    (root / ".git" / "index.lock").touch()
+    approve(git_workspace)
+    assert len(journal.pending(git_workspace)) == 1
+    (root / ".git" / "index.lock").unlink()
+    assert journal.catch_up(git_workspace)[0].commit and not journal.pending(git_workspace)
