@@ -18,7 +18,6 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
@@ -29,6 +28,14 @@ from mgm.prompt import IMAGE_MARKER, Encoded, Template, encode
 
 AspectRatio = Literal["pad", "square"]
 DATA_JUICER_MARKER = "<__dj__image>"
+_UNREADABLE = (
+    OSError,
+    UnidentifiedImageError,
+    Image.DecompressionBombError,
+    SyntaxError,
+    ValueError,
+)
+"""What Pillow raises for pictures that it cannot or will not decode."""
 _NAMED = 5
 """Records named in a message; the rest is counted."""
 
@@ -55,15 +62,6 @@ def preprocess_image(
     pixels = _resize_and_crop(_squared(image.convert("RGB"), aspect_ratio, mean), size)
     values = torch.from_numpy(np.array(pixels)).permute(2, 0, 1).float() / 255  # (3, S, S)
     return (values - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
-
-
-def low_resolution(images_aux: Tensor, size: int) -> Tensor:
-    """Shrink normalised pictures (B, 3, S, S) to (B, 3, size, size).
-
-    Plain bilinear interpolation without antialiasing, as published: the low-resolution tower does
-    not see what its own preprocessing would have given it.
-    """
-    return F.interpolate(images_aux, size=(size, size), mode="bilinear", align_corners=False)
 
 
 def _squared(image: Image.Image, aspect_ratio: AspectRatio, mean: Sequence[float]) -> Image.Image:
@@ -152,8 +150,14 @@ class InstructionDataset:
     def modality_lengths(self) -> list[int]:
         """Return each record's length in words, negative without a picture."""
         lengths = []
-        for record in self.records:
+        for index, record in enumerate(self.records):
             words = sum(len(message["value"].split()) for message in record["conversations"])
+            if words == 0:
+                raise InputError(
+                    "Record without words",
+                    f"{self.path}: record {self.record_id(index)}",
+                    "leave it out, or set group_by_modality_length to false",
+                )
             lengths.append(words if "image" in record else -words)
         return lengths
 
@@ -174,7 +178,7 @@ class InstructionDataset:
         try:
             with Image.open(self.images / name) as image:
                 return preprocess_image(image, size, aspect_ratio, mean, std)
-        except (OSError, UnidentifiedImageError, SyntaxError, ValueError) as error:
+        except _UNREADABLE as error:
             users = [
                 self.record_id(index)
                 for index, record in enumerate(self.records)

@@ -57,10 +57,11 @@ def parameter_groups(
     """
     members: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in named:
-        is_projector = name.startswith("projector.") and projector_learning_rate is not None
-        rate = projector_learning_rate if is_projector else learning_rate
+        rate = learning_rate
+        if name.startswith("projector.") and projector_learning_rate is not None:
+            rate = projector_learning_rate
         decay = weight_decay if parameter.dim() > 1 else 0.0
-        members.setdefault((float(rate or learning_rate), decay), []).append(parameter)
+        members.setdefault((rate, decay), []).append(parameter)
     return [
         {"params": parameters, "lr": rate, "peak_lr": rate, "weight_decay": decay}
         for (rate, decay), parameters in members.items()

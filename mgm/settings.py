@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, Field, fields
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -23,7 +23,12 @@ Settings = TypeVar("Settings")
 
 
 def parse_settings(
-    kind: type[Settings], arguments: Sequence[str] | None, *, program: str, description: str
+    kind: type[Settings],
+    arguments: Sequence[str] | None,
+    *,
+    program: str,
+    description: str,
+    defaults: Callable[[Mapping[str, Any]], Mapping[str, Any]] | None = None,
 ) -> Settings:
     """Return the settings that the command line and its configuration file give.
 
@@ -33,6 +38,7 @@ def parse_settings(
         arguments: Flags; None takes those of the process.
         program: How the program is started, for the usage text.
         description: One sentence for the usage text.
+        defaults: What the given settings imply for the others, before the dataclass's defaults.
 
     Raises:
         InputError: an unknown key, a value of the wrong type, or a setting that is missing.
@@ -49,6 +55,8 @@ def parse_settings(
             for name, value in given.items()
         }
     )
+    if defaults is not None:
+        values = {**defaults(values), **values}
     for field in _fields(kind):
         if field.name not in values and _is_required(field):
             flag = f"--{field.name.replace('_', '-')}"

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import signal
 import sys
 import time
@@ -41,16 +42,18 @@ from mgm.config import ModelConfig
 from mgm.data import Batch, InstructionDataset
 from mgm.errors import InputError
 from mgm.features import PictureFeatures
-from mgm.files import write_json
+from mgm.files import read_json, write_json
 from mgm.model import MGM, init_vision_modules
 from mgm.optimization import Schedule, clip_gradients, parameter_groups, set_learning_rate
 from mgm.program import EXIT_INTERRUPTED, EXIT_TERMINATED, run_program
 from mgm.progress import Progress
 from mgm.sampling import grouped_order, shuffled_order
 from mgm.settings import parse_settings
-from mgm.train_settings import TrainSettings
+from mgm.train_settings import TrainSettings, stage_defaults
 from mgm.training_state import TrainingState, load_state, save_state
 
+_WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt")
+"""Large files: their size and time stand for their content."""
 METRICS_FILE = "metrics.jsonl"
 FINISHED_FILE = "train_state.json"
 UNLABELLED_SHARE = 0.01
@@ -149,12 +152,14 @@ class Trainer:
         set_learning_rate(self.optimizer, self.schedule.factor(state.step))
         self.optimizer.zero_grad(set_to_none=True)
         total = 0.0
+        record_ids: list[str] = []
         for indices in self._micro_batches(state.step):
             batch = self.dataset.collate(indices)
+            record_ids += batch.record_ids
             total += self._accumulate(batch, state)
         norm = float(clip_gradients(self.trained.values(), self.settings.max_grad_norm))
         if not norm < float("inf"):
-            raise _not_a_number("gradient", norm, state.step, ())
+            raise _not_a_number("gradient", norm, state.step, record_ids)
         self.optimizer.step()
         state.step += 1
         state.losses.append(total)
@@ -268,7 +273,9 @@ def train(settings: TrainSettings, progress: Progress) -> None:
     """
     if settings.threads:
         torch.set_num_threads(settings.threads)
-    if (settings.output / FINISHED_FILE).exists():
+    _refuse_several_processes()
+    digest = _digest(settings)
+    if _is_finished(settings.output / FINISHED_FILE, digest):
         return
     progress.update(step=0, total=0, unit="steps", label="loading weights")
     model, tokenizer = prepare_model(settings)
@@ -282,9 +289,7 @@ def train(settings: TrainSettings, progress: Progress) -> None:
         features.cache(progress)
     trainer = Trainer(model, dataset, features, settings)
     torch.manual_seed(settings.data_seed)
-    state = load_state(
-        settings.output / "state", _digest(settings), trainer.trained, trainer.optimizer
-    )
+    state = load_state(settings.output / "state", digest, trainer.trained, trainer.optimizer)
     settings.output.mkdir(parents=True, exist_ok=True)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _stopper(trainer))
@@ -317,6 +322,7 @@ def _write_finished(
     last = state.losses[-10:]
     content = {
         "finished": True,
+        "digest": state.digest,
         "steps": state.step,
         "samples": len(dataset),
         "samples_seen": state.samples_seen,
@@ -352,8 +358,47 @@ def _refuse_unlabelled(dataset: InstructionDataset) -> None:
 
 
 def _digest(settings: TrainSettings) -> str:
-    content = json.dumps(settings.what_decides_the_result(), sort_keys=True).encode()
-    return hashlib.sha256(content + hashlib.sha256(settings.data.read_bytes()).digest()).hexdigest()
+    """Return what the result depends on: settings, data and weights; pictures by their names only."""
+    digest = hashlib.sha256(json.dumps(settings.what_decides_the_result(), sort_keys=True).encode())
+    parts = [settings.data, settings.projector, settings.language_model]
+    parts += [settings.vision_tower, settings.high_resolution_tower]
+    for part in parts:
+        if part is None or not part.exists():
+            continue
+        files = sorted(part.iterdir()) if part.is_dir() else [part]
+        for file in files:
+            if file.suffix in _WEIGHT_SUFFIXES:
+                stat = file.stat()
+                digest.update(f"{file.name} {stat.st_size} {stat.st_mtime_ns}".encode())
+            elif file.is_file():
+                digest.update(file.name.encode() + hashlib.sha256(file.read_bytes()).digest())
+    return digest.hexdigest()
+
+
+def _is_finished(path: Path, digest: str) -> bool:
+    """Tell whether the folder already holds this training's result.
+
+    Raises:
+        InputError: If it holds another one's.
+    """
+    if not path.exists():
+        return False
+    if read_json(path).get("digest") != digest:
+        raise InputError(
+            "Another training was finished here",
+            f"{path} belongs to other settings, data or weights",
+            "choose another output folder, or remove this one",
+        )
+    return True
+
+
+def _refuse_several_processes() -> None:
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise InputError(
+            "Several processes",
+            f"WORLD_SIZE = {os.environ['WORLD_SIZE']}",
+            "this program trains in one process; start it without a launcher",
+        )
 
 
 def _stopper(trainer: Trainer) -> Callable[[int, FrameType | None], None]:
@@ -395,7 +440,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the program and return its exit code."""
     return run_program(
         lambda: parse_settings(
-            TrainSettings, arguments, program="python -m mgm.train", description=__doc__ or ""
+            TrainSettings,
+            arguments,
+            program="python -m mgm.train",
+            description=__doc__ or "",
+            defaults=stage_defaults,
         ),
         lambda settings: settings.progress,
         train,

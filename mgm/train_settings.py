@@ -1,17 +1,45 @@
-"""Settings of one training stage, and what they amount to. Defaults are the kit's for stage 1."""
+"""Settings of one training stage, and what they amount to.
+
+Defaults are the Better Synth kit's. Where its two stages differ, `stage_defaults` gives the stage's
+own; the dataclass holds those of pretraining.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from mgm.errors import InputError
 
+STAGE_DEFAULTS: dict[str, dict[str, Any]] = {
+    "pretrain": {
+        "method": "projector",
+        "learning_rate": 1e-3,
+        "global_batch_size": 256,
+        "image_aspect_ratio": "square",
+        "group_by_modality_length": False,
+    },
+    "finetune": {
+        "method": "full",
+        "learning_rate": 2e-5,
+        "global_batch_size": 128,
+        "image_aspect_ratio": "pad",
+        "group_by_modality_length": True,
+    },
+}
+"""The kit's values where its two stages differ."""
+
 
 def _setting(default: Any, text: str) -> Any:
     return field(default=default, metadata={"help": text})
+
+
+def stage_defaults(given: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the kit's values of the stage that the given settings name."""
+    return STAGE_DEFAULTS.get(str(given.get("stage")), {})
 
 
 @dataclass(frozen=True)
@@ -74,9 +102,16 @@ class TrainSettings:
         for name, bound in least.items():
             if not getattr(self, name) > bound:
                 raise _bad(name, getattr(self, name), f"it must be above {bound:g}")
-        for name in ("global_batch_size", "micro_batch_size", "save_steps", "logging_steps"):
+        counts = ("global_batch_size", "micro_batch_size", "save_steps", "logging_steps")
+        for name in (*counts, "lora_rank", "model_max_length"):
             if getattr(self, name) < 1:
                 raise _bad(name, getattr(self, name), "it must be 1 or more")
+        for name in ("max_steps", "threads", "weight_decay", "warmup_ratio", "lora_dropout"):
+            if getattr(self, name) < 0:
+                raise _bad(name, getattr(self, name), "it must not be negative")
+        for name in ("warmup_ratio", "lora_dropout", "adam_beta1", "adam_beta2"):
+            if getattr(self, name) >= 1:
+                raise _bad(name, getattr(self, name), "it must be below 1")
         if self.global_batch_size % self.micro_batch_size:
             raise _bad(
                 "micro_batch_size",

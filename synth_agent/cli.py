@@ -191,9 +191,7 @@ def _propose(options: argparse.Namespace) -> int:
     workspace = _open(options)
     history = pipeline.list_runs(workspace)
     if options.recipe is None:
-        proposal = BuiltinPlanner().propose(
-            workspace, history, pipeline.list_rejections(workspace)
-        )
+        proposal = BuiltinPlanner().propose(workspace, history, pipeline.list_rejections(workspace))
         if proposal is None:
             headless.narrate("every recipe was tried or rejected; add one to recipes/")
             return 0
@@ -287,8 +285,7 @@ def _runs(options: argparse.Namespace) -> int:
         return 0
     for run in runs:
         scores = "  ".join(
-            f"{benchmark_name(name)} {score.percent:.1f}"
-            for name, score in run.scores.items()
+            f"{benchmark_name(name)} {score.percent:.1f}" for name, score in run.scores.items()
         )
         print(f"{run.id:<24} {run.status:<12} {run.verdict or '':<13} {scores}".rstrip())
     return 0

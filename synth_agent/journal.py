@@ -8,9 +8,11 @@ rewrite files, and the log must hold what was measured. Where git refuses, the c
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,10 +29,10 @@ _UNFINISHED = ("rebase-merge", "rebase-apply", "MERGE_HEAD", "CHERRY_PICK_HEAD",
 class CommitResult:
     """What became of a commit."""
 
-    commit: str | None
-    """Hash; None when git refused and the commit is pending, or when nothing differed."""
-    refusal: str = ""
-    """Git's own words when it refused."""
+    made: bool
+    sha: str | None = None
+    reason: str = ""
+    """Git's own words when it refused and the commit is pending; empty when nothing differed."""
 
 
 @dataclass(frozen=True)
@@ -53,30 +55,36 @@ def commit(
 
     Never raises for what git refuses: the refusal is returned and the commit is kept pending.
     """
-    catch_up(workspace)
     names = [path.resolve().relative_to(workspace.root.resolve()).as_posix() for path in paths]
     body = message
     if trailers:
         body += "\n\n" + "\n".join(f"{key}: {value}" for key, value in trailers.items())
     entry = {"paths": names, "message": body}
-    earlier = pending(workspace)
-    if earlier:
-        _write_pending(workspace, [*earlier, entry])
-        return CommitResult(None, "an earlier commit of the log is still pending")
-    result = _commit(workspace, names, body)
-    if result.refusal:
-        _write_pending(workspace, [entry])
-    return result
+    with _one_writer(workspace):
+        _make_pending(workspace)
+        earlier = pending(workspace)
+        if earlier:
+            _write_pending(workspace, [*earlier, entry])
+            return CommitResult(False, reason="an earlier commit of the log is still pending")
+        result = _commit(workspace, names, body)
+        if result.reason:
+            _write_pending(workspace, [entry])
+        return result
 
 
 def catch_up(workspace: Workspace) -> list[CommitResult]:
     """Make the pending commits, oldest first, up to the first that git refuses again."""
+    with _one_writer(workspace):
+        return _make_pending(workspace)
+
+
+def _make_pending(workspace: Workspace) -> list[CommitResult]:
     waiting = pending(workspace)
     results: list[CommitResult] = []
     while waiting:
         result = _commit(workspace, waiting[0]["paths"], waiting[0]["message"])
         results.append(result)
-        if result.refusal:
+        if result.reason:
             break
         waiting = waiting[1:]
         _write_pending(workspace, waiting)
@@ -92,10 +100,10 @@ def pending(workspace: Workspace) -> list[dict[str, Any]]:
     return list(entries)
 
 
-def log(workspace: Workspace) -> list[str]:
-    """Return the branch's commits as `hash subject` lines, newest first."""
+def log(workspace: Workspace, limit: int = 20) -> list[str]:
+    """Return the branch's last commits as `hash subject` lines, newest first."""
     try:
-        return str(_git(workspace).log("--format=%h %s")).splitlines()
+        return str(_git(workspace).log(f"--max-count={limit}", "--format=%h %s")).splitlines()
     except (GitCommandError, GitCommandNotFound):
         return []
 
@@ -131,8 +139,8 @@ def _commit(workspace: Workspace, names: Sequence[str], message: str) -> CommitR
         _refuse_unfinished(git, workspace)
         present = [name for name in names if (workspace.root / name).exists()]
         new = git.ls_files("--others", "--exclude-standard", "--", *present).splitlines()
-        if not present or not (new or git.diff("HEAD", "--name-only", "--", *present)):
-            return CommitResult(None)
+        if not present or not (new or _differs(workspace, git, present)):
+            return CommitResult(False)
         if new:
             git.add("--intent-to-add", "--", *new)
         try:
@@ -141,9 +149,15 @@ def _commit(workspace: Workspace, names: Sequence[str], message: str) -> CommitR
             if new:
                 git.rm("--cached", "--quiet", "--", *new)
             raise
-        return CommitResult(str(git.rev_parse("HEAD")))
+        return CommitResult(True, str(git.rev_parse("HEAD")))
     except (GitCommandError, GitCommandNotFound) as error:
-        return CommitResult(None, str(getattr(error, "stderr", "")).strip() or str(error))
+        words = str(getattr(error, "stderr", "")).strip() or str(error)
+        return CommitResult(False, reason=words)
+
+
+def _differs(workspace: Workspace, git: Git, present: Sequence[str]) -> bool:
+    """Whether there is something to commit; without a first commit there always is."""
+    return head(workspace) is None or bool(git.diff("HEAD", "--name-only", "--", *present))
 
 
 def _refuse_unfinished(git: Git, workspace: Workspace) -> None:
@@ -151,6 +165,15 @@ def _refuse_unfinished(git: Git, workspace: Workspace) -> None:
     for name in _UNFINISHED:
         if (folder / name).exists():
             raise GitCommandError(["git", "commit"], 1, f"{name} is in progress".encode())
+
+
+@contextmanager
+def _one_writer(workspace: Workspace) -> Iterator[None]:
+    """Let the app and the worker commit one after the other."""
+    workspace.artifacts.mkdir(parents=True, exist_ok=True)
+    with (workspace.artifacts / "journal.lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def _git(workspace: Workspace) -> Git:

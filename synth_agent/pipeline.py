@@ -17,12 +17,15 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import psutil
 import yaml
 
 from synth_agent import __version__, journal
+from synth_agent.digests import Digests
 from synth_agent.errors import Busy, Conflict, InvalidInput, SynthAgentError
 from synth_agent.referee import compare_scores
 from synth_agent.runs import (
@@ -39,10 +42,13 @@ from synth_agent.runs import (
     parse_events,
     proposal_from,
 )
+from synth_agent.stage_plan import code_version
 from synth_agent.workspace import RunPaths, Workspace, stage_environment
 
 LEAST_FREE_BYTES = 1 << 30
 _START_SECONDS = 30.0
+_INPUTS = ("seed", "original", "instructions")
+_PACKAGES = ("torch", "transformers", "peft", "numpy", "py-data-juicer", "textual")
 _WORKER = (sys.executable, "-m", "synth_agent.worker")
 
 
@@ -149,8 +155,14 @@ def launch(workspace: Workspace, plan: Plan, *, program: Sequence[str] = _WORKER
 
 
 def resume(workspace: Workspace, run_id: str, *, program: Sequence[str] = _WORKER) -> int:
-    """Start a worker that continues a run where it stopped; see `launch`."""
+    """Start a worker that continues a run where it stopped; see `launch`.
+
+    Raises:
+        Conflict: If the run has succeeded.
+    """
     load_plan(workspace.run(run_id).plan)
+    if read_events(workspace, run_id).status == "succeeded":
+        raise Conflict("Run has finished", run_id, "approve a new proposal to run it again")
     live = live_run(workspace)
     if live is not None:
         raise Busy("A run is live", f"run {live} holds {workspace.lock}", "wait or cancel it")
@@ -218,11 +230,24 @@ def load_run(workspace: Workspace, run_id: str) -> Run:
     paths = workspace.run(run_id)
     plan = load_plan(paths.plan)
     live = live_run(workspace)
-    text = paths.events.read_bytes().decode("utf-8", "replace") if paths.events.exists() else ""
-    run = fold(plan, parse_events(text.splitlines()))
+    run = _fold(paths, plan)
     if run.status == "running" and live != run_id:
         run.status = "interrupted"
+    elif run.finished is not None and live == run_id:
+        # The worker still writes the summary and the commit.
+        run.status = "running"
     return run
+
+
+def read_events(workspace: Workspace, run_id: str) -> Run:
+    """Return what the plan and the events alone say, for the worker, who is alive itself."""
+    paths = workspace.run(run_id)
+    return _fold(paths, load_plan(paths.plan))
+
+
+def _fold(paths: RunPaths, plan: Plan) -> Run:
+    text = paths.events.read_bytes().decode("utf-8", "replace") if paths.events.exists() else ""
+    return fold(plan, parse_events(text.splitlines()))
 
 
 def list_runs(workspace: Workspace) -> list[Run]:
@@ -249,7 +274,7 @@ def compare_runs(workspace: Workspace, earlier: str, later: str) -> list[Compari
     Raises:
         InvalidInput: If they answered different questions.
     """
-    before, after = load_run(workspace, earlier), load_run(workspace, later)
+    before, after = read_events(workspace, earlier), read_events(workspace, later)
     comparisons = []
     for name in sorted(before.scores.keys() & after.scores.keys()):
         old = question_scores(workspace.path(before.scores[name].predictions))
@@ -262,13 +287,31 @@ def compare_runs(workspace: Workspace, earlier: str, later: str) -> list[Compari
 
 
 def question_scores(predictions: Path) -> dict[str, float]:
-    """Return the score of each question; a group of circular rows counts only if all are right."""
+    """Return the score of each question.
+
+    Rows of one circular group are one question, which counts only if all of them are right; a
+    group without its main row is left out, as in the benchmark's own score.
+
+    Raises:
+        InvalidInput: If the file cannot be read.
+    """
     scores: dict[str, float] = {}
-    for line in predictions.read_text(encoding="utf-8").splitlines():
+    main: set[str] = set()
+    try:
+        lines = predictions.read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise InvalidInput(
+            "Predictions are missing",
+            f"{predictions}: {error.strerror}",
+            "resume the run that made them; only what is missing is computed",
+        ) from error
+    for line in lines:
         record = json.loads(line)
         key = str(record.get("group", record["key"]))
+        if "group" not in record or str(record["question_id"]) == key:
+            main.add(key)
         scores[key] = min(scores.get(key, 1.0), float(record["score"]))
-    return scores
+    return {key: score for key, score in scores.items() if key in main}
 
 
 def last_lines(path: Path, count: int = 12) -> str:
@@ -301,11 +344,30 @@ def _rejection_file(paths: RunPaths) -> Path:
 
 
 def _environment(workspace: Workspace, proposal: Proposal) -> dict[str, Any]:
-    return {
+    digests = Digests(workspace)
+    data = proposal.settings.get("data", {})
+    inputs = {name: workspace.path(data[name]) for name in _INPUTS if name in data}
+    record = {
         "python": platform.python_version(),
         "platform": platform.platform(),
         "processors": os.cpu_count(),
+        "memory_bytes": psutil.virtual_memory().total,
         "synth_agent": __version__,
+        "packages": {name: _version(name) for name in _PACKAGES},
+        "code": {stage: code_version(digests, stage) for stage in ("process", "pretrain")},
         "git_head": journal.head(workspace),
-        "seed": proposal.settings.get("seed"),
+        "seeds": {
+            "model": proposal.settings.get("seed"),
+            "sample_cap": data.get("sample_cap_seed"),
+        },
+        "inputs": {name: digests.path(path) for name, path in inputs.items()},
     }
+    digests.save()
+    return record
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None

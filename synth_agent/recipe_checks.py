@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from synth_agent.catalogue import Catalogue, Parameter
@@ -97,14 +97,15 @@ def check_operator(
         if key not in known:
             raise InvalidInput("Unknown parameter", place, nearest(str(key), known))
         _check_value(place, known[key], value)
-        _check_safety(place, key, value, workspace)
+        _check_safety(place, key, value)
         for nested, inner in _nested_operators(key, value):
             check_operator(f"{place}, {nested}", nested, inner, catalogue, workspace)
     for key, parameter in known.items():
         if parameter.required and key not in parameters:
             raise InvalidInput("Missing parameter", f"{where}: {key}", f"add {key}")
     _check_order(where, {**{k: p.default for k, p in known.items()}, **parameters})
-    _check_models(where, {k: p.default for k, p in spec.parameters.items()}, parameters, workspace)
+    defaults = {key: parameter.default for key, parameter in spec.parameters.items()}
+    check_models(where, {**defaults, **parameters}, workspace.root)
 
 
 def _check_value(place: str, parameter: Parameter, value: Any) -> None:
@@ -134,7 +135,7 @@ def _is_accepted(value: Any, accepts: tuple[str, ...]) -> bool:
     return kind in accepts or (kind == "int" and "float" in accepts)
 
 
-def _check_safety(place: str, key: str, value: Any, workspace: Workspace) -> None:
+def _check_safety(place: str, key: str, value: Any) -> None:
     """Check what may not occur at any depth of a parameter."""
     for name, inner in _walk(key, value):
         if name == "trust_remote_code" and inner:
@@ -154,17 +155,16 @@ def _check_safety(place: str, key: str, value: Any, workspace: Workspace) -> Non
             _check_path(place, inner)
 
 
-def _check_models(
-    where: str,
-    defaults: Mapping[str, Any],
-    parameters: Mapping[str, Any],
-    workspace: Workspace,
-) -> None:
-    for name in defaults:
-        value = parameters.get(name, defaults[name])
+def check_models(where: str, parameters: Mapping[str, Any], root: Path) -> None:
+    """Check that every model that an operator's parameters name is a folder under `root`.
+
+    Raises:
+        InvalidInput: naming the parameter and the folder.
+    """
+    for name, value in parameters.items():
         if not name.startswith(MODEL_PREFIX) or not isinstance(value, str) or not value:
             continue
-        if not (workspace.root / value).is_dir():
+        if not (root / value).is_dir():
             raise InvalidInput(
                 "Model folder is missing",
                 f"{where}, parameter {name}: {value} is not a folder of the workspace",

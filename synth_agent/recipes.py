@@ -130,7 +130,10 @@ def list_recipes(workspace: Workspace) -> tuple[Recipe, ...]:
     Raises:
         InvalidInput: a recipe that cannot be read.
     """
-    return tuple(load_recipe(path) for path in sorted(workspace.recipes.glob("*.yaml")))
+    return tuple(
+        load_recipe(path)
+        for path in sorted(workspace.recipes.glob("*.yaml"), key=lambda path: path.stem)
+    )
 
 
 def recipe_from_mapping(name: str, mapping: object) -> Recipe:

@@ -22,7 +22,9 @@ from synth_agent.errors import InvalidInput
 
 STAGES = ("process", "pretrain", "finetune", "evaluate")
 Kind = Literal["baseline", "explore", "exploit", "replicate", "ablate"]
-RunStatus = Literal["approved", "running", "interrupted", "succeeded", "failed", "cancelled", "rejected"]
+RunStatus = Literal[
+    "approved", "running", "interrupted", "succeeded", "failed", "cancelled", "rejected"
+]
 StageStatus = Literal["waiting", "running", "succeeded", "reused", "failed", "cancelled"]
 Verdict = Literal["baseline", "better", "worse", "inside noise", "mixed", "failed"]
 
@@ -354,7 +356,9 @@ def dump_plan(plan: Plan) -> str:
 
 def dump_proposal(proposal: Proposal) -> str:
     """Return a proposal as YAML."""
-    return yaml.safe_dump(_plain(proposal.content()), sort_keys=False, allow_unicode=True, width=100)
+    return yaml.safe_dump(
+        _plain(proposal.content()), sort_keys=False, allow_unicode=True, width=100
+    )
 
 
 def load_plan(path: Path) -> Plan:

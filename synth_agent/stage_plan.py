@@ -85,8 +85,8 @@ StageBuilder = Callable[[Context], Stage]
 def code_version(digests: Digests, stage: str) -> str:
     """Return the digest of the code that a stage runs."""
     if stage == "process":
-        code = digests.path(_PACKAGE / "stages")
-        return digest([code, metadata.version("py-data-juicer")])
+        files = [*sorted((_PACKAGE / "stages").rglob("*.py")), _PACKAGE / "data.py"]
+        return digest([digests.files(_PACKAGE, files), metadata.version("py-data-juicer")])
     folder = _PACKAGE.parent / "mgm"
     return digests.files(folder, sorted(folder.rglob("*.py")))
 
@@ -99,6 +99,8 @@ def build_process(context: Context) -> Stage:
         name: context.digests.path(workspace.path(data[name])) for name in ("seed", "original")
     }
     inputs["images"] = context.digests.path(workspace.path(data["images"]))
+    for named in sorted(_named_paths(recipe.get("process"), workspace)):
+        inputs[f"recipe: {named}"] = context.digests.path(workspace.path(named))
     cap = {name: data[name] for name in ("sample_cap", "sample_cap_seed")}
     key = digest(["process", code_version(context.digests, "process"), recipe, cap, inputs])
     output = context.output("process", key)
@@ -218,12 +220,25 @@ def _training(
     }
     path = context.log_file(f"{stage}.json")
     command = _program("mgm.train", path, context, stage)
-    return Stage(stage, key, (command,), output, required, None, {path: _texts(config)})
+    return Stage(
+        stage, key, (command,), output, required, "train_state.json", {path: _texts(config)}
+    )
 
 
 def _program(module: str, config: Path, context: Context, stage: str) -> tuple[str, ...]:
     progress = str(context.progress(stage))
     return (sys.executable, "-m", module, "--config", str(config), "--progress", progress)
+
+
+def _named_paths(value: object, workspace: Workspace) -> set[str]:
+    """Return the texts of a recipe that name an existing file or folder, such as a model."""
+    if isinstance(value, str):
+        return {value} if "/" in value and workspace.path(value).exists() else set()
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    if isinstance(value, (list, tuple)):
+        return {name for item in value for name in _named_paths(item, workspace)}
+    return set()
 
 
 def _model(context: Context) -> dict[str, Path]:

@@ -5,9 +5,9 @@ Both are written from the event log alone and can be made again at any time.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
-from synth_agent.pipeline import list_runs
 from synth_agent.runs import Run
 from synth_agent.workspace import Workspace
 
@@ -18,6 +18,11 @@ def write_summary(workspace: Workspace, run: Run) -> Path:
     """Write `summary.md` of a run and return its path."""
     proposal = run.plan.proposal
     lines = [f"# {run.id}: {run.verdict or run.status}", "", proposal.title, "", proposal.reason]
+    result = run.stages["process"].result
+    if "kept" in result:
+        lines += ["", f"Samples: {result['kept']:,} of {result['seed_samples']:,}."]
+    if run.message and not run.error:
+        lines += ["", run.message]
     if run.error:
         lines += ["", f"{run.error['title']}: {run.error['message']}"]
     if run.scores:
@@ -39,11 +44,11 @@ def write_summary(workspace: Workspace, run: Run) -> Path:
     return path
 
 
-def write_index(workspace: Workspace) -> Path:
-    """Write `runs/README.md`, newest run first, and return its path."""
+def write_index(workspace: Workspace, runs: Sequence[Run]) -> Path:
+    """Write `runs/README.md` of all runs, newest first, and return its path."""
     lines = ["# Runs", "", "| run | title | verdict | TextVQA | MMBench |"]
     lines += ["| --- | --- | --- | --- | --- |"]
-    for run in reversed(list_runs(workspace)):
+    for run in sorted(runs, key=lambda run: run.id, reverse=True):
         scores = [
             f"{run.scores[name].percent:.2f}" if name in run.scores else "" for name in _LABELS
         ]

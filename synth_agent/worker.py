@@ -10,6 +10,7 @@ status, whatever it is; others are those of `errors`.
 from __future__ import annotations
 
 import argparse
+import errno
 import fcntl
 import json
 import os
@@ -29,8 +30,14 @@ import psutil
 
 from synth_agent import __version__, journal
 from synth_agent.digests import Digests
-from synth_agent.errors import EXIT_OK, Busy, SynthAgentError
-from synth_agent.pipeline import compare_runs, last_lines, load_run, question_scores
+from synth_agent.errors import EXIT_OK, Busy, InvalidInput, SynthAgentError
+from synth_agent.pipeline import (
+    compare_runs,
+    last_lines,
+    load_run,
+    question_scores,
+    read_events,
+)
 from synth_agent.referee import interval, overall
 from synth_agent.runs import EventLog, Plan, Run, Score, Verdict, load_plan, now
 from synth_agent.stage_plan import BUILDERS, Context, Stage, StageBuilder
@@ -71,6 +78,7 @@ class ProgressTail:
         self._first: tuple[float, int] | None = None
         self._last: dict[str, Any] | None = None
         self._sent = 0.0
+        self._step, self._label = 0, None
         self.error: dict[str, str] | None = None
 
     def forward(self, *, final: bool = False) -> None:
@@ -92,13 +100,16 @@ class ProgressTail:
             record = json.loads(line)
         except ValueError:
             return
+        if not isinstance(record, dict):
+            return
         record.pop("time", None)
         if "error" in record:
             self.error = record["error"]
             return
         step, total = record.get("step", 0), record.get("total", 0)
-        if self._first is None or step < self._first[1]:
+        if self._first is None or step < self._step or record.get("label") != self._label:
             self._first = (time.monotonic(), step)
+        self._step, self._label = step, record.get("label")
         done, seconds = step - self._first[1], time.monotonic() - self._first[0]
         if done > 0 and total:
             record["eta_seconds"] = round((total - step) * seconds / done, 1)
@@ -128,19 +139,50 @@ def work(
         resumed=resumed,
     )
     try:
-        end_survivor(before)
+        for run in (before, *_others(workspace, run_id)):
+            end_survivor(run)
         outputs = _run_stages(workspace, plan, builders, events, flag)
-        verdict = _judge(workspace, plan, outputs["evaluate"], events)
-        events.append("run_finished", status="succeeded", verdict=verdict, message="", error=None)
+        verdict, message = _judge(workspace, plan, outputs["evaluate"], events)
+        events.append(
+            "run_finished", status="succeeded", verdict=verdict, message=message, error=None
+        )
     except Cancelled:
         _finish(events, "cancelled", None)
     except SynthAgentError as error:
         _finish(events, "failed", error)
     except OSError as error:
-        _finish(events, "failed", SynthAgentError("System error", str(error), "free disk space?"))
+        _finish(events, "failed", _system_error(workspace, error))
     finally:
         events.close()
     _record(workspace, run_id)
+
+
+def _others(workspace: Workspace, run_id: str) -> list[Run]:
+    """Return the other runs that can be read; one that is damaged does not stop this one."""
+    runs = []
+    for path in sorted(workspace.runs.glob("[0-9]*/plan.yaml")):
+        if path.parent.name == run_id:
+            continue
+        try:
+            runs.append(load_run(workspace, path.parent.name))
+        except SynthAgentError as error:
+            print(f"{now()} {error}", file=sys.stderr)
+    return runs
+
+
+def _system_error(workspace: Workspace, error: OSError) -> SynthAgentError:
+    if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        return SynthAgentError("System error", str(error), "correct the cause and resume the run")
+    return SynthAgentError(*_disk_full(workspace.root, error.filename))
+
+
+def _disk_full(folder: Path, path: object = None) -> tuple[str, str, str]:
+    free = shutil.disk_usage(folder).free
+    return (
+        "Disk is full",
+        f"{path or folder}: {free:,} bytes are free",
+        "free space, for instance old folders under artifacts/, and resume the run",
+    )
 
 
 def end_survivor(run: Run) -> None:
@@ -279,6 +321,9 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
 
 
 def _failure(stage: Stage, code: int, missing: Sequence[str], log: Path) -> dict[str, str]:
+    if "No space left on device" in last_lines(log):
+        title, message, hint = _disk_full(stage.partial)
+        return {"title": title, "message": message, "hint": hint}
     if code:
         message = f"exit code {code}\n{last_lines(log)}"
     else:
@@ -288,23 +333,34 @@ def _failure(stage: Stage, code: int, missing: Sequence[str], log: Path) -> dict
 
 def _result(stage: Stage) -> dict[str, Any]:
     if stage.result is None:
-        return {}
+        files = sorted(stage.output.glob("*/score.json"))
+        scores = (json.loads(path.read_text("utf-8")) for path in files)
+        return {score["benchmark"]: score["score_percent"] for score in scores}
     loaded: dict[str, Any] = json.loads((stage.output / stage.result).read_text("utf-8"))
+    loaded.pop("settings", None)  # already in the plan
     return loaded
 
 
-def _judge(workspace: Workspace, plan: Plan, output: Path, events: EventLog) -> Verdict:
+def _judge(
+    workspace: Workspace, plan: Plan, output: Path, events: EventLog
+) -> tuple[Verdict | None, str]:
+    """Record scores and comparisons; return the verdict, or None and why there is none."""
     for folder in sorted(path.parent for path in output.glob("*/score.json")):
         score = read_score(workspace, folder)
         events.append("score_recorded", score=asdict(score))
     parent = plan.proposal.parent
     if parent is None:
-        return "baseline"
-    comparisons = compare_runs(workspace, parent, plan.run_id)
+        return "baseline", ""
+    try:
+        comparisons = compare_runs(workspace, parent, plan.run_id)
+    except InvalidInput as error:
+        return None, f"not compared with {parent}: {error}"
+    if not comparisons:
+        return None, f"not compared with {parent}: it has no score"
     for comparison in comparisons:
         events.append("compared", comparison=asdict(comparison))
     outcomes = [c.verdict for c in comparisons if c.verdict in ("better", "worse", "inside noise")]
-    return overall(outcomes)  # type: ignore[arg-type]
+    return overall(outcomes), ""  # type: ignore[arg-type]
 
 
 def read_score(workspace: Workspace, folder: Path) -> Score:
@@ -336,8 +392,8 @@ def read_score(workspace: Workspace, folder: Path) -> Score:
         num_questions=len(values),
         predictions_sha256=raw["predictions_sha256"],
         predictions=str(predictions.relative_to(workspace.root)),
-        scorer=str(raw["scorer"]),
-        categories=raw["categories"],
+        scorer=" ".join(str(part) for part in raw["scorer"].values()),
+        categories={name: part["score_percent"] for name, part in raw["categories"].items()},
         extra=raw["metrics"],
     )
 
@@ -357,13 +413,16 @@ def _finish(events: EventLog, status: str, error: SynthAgentError | None) -> Non
 
 
 def _record(workspace: Workspace, run_id: str) -> None:
-    run, paths = load_run(workspace, run_id), workspace.run(run_id)
+    run, paths = read_events(workspace, run_id), workspace.run(run_id)
     try:
         if run.scores:
-            scores = {name: asdict(score) for name, score in run.scores.items()}
-            paths.scores.write_text(json.dumps(scores, indent=2) + "\n", "utf-8")
+            record = {
+                "scores": {name: asdict(score) for name, score in run.scores.items()},
+                "comparisons": {name: asdict(value) for name, value in run.comparisons.items()},
+            }
+            paths.scores.write_text(json.dumps(record, indent=2) + "\n", "utf-8")
         write_summary(workspace, run)
-        index = write_index(workspace)
+        index = write_index(workspace, [*_others(workspace, run_id), run])
         trailers = {"Run": run_id, "Parent": run.plan.proposal.parent or "none"}
         trailers["Verdict"] = run.verdict or run.status
         for name, label in (("textvqa", "TextVQA"), ("mmbench", "MMBench")):

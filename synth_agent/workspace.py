@@ -262,7 +262,9 @@ def load_settings(path: Path) -> Settings:
     try:
         raw = yaml.safe_load(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
-        raise InvalidInput("Settings are not YAML", f"{path}: {error}", "correct the syntax") from error
+        raise InvalidInput(
+            "Settings are not YAML", f"{path}: {error}", "correct the syntax"
+        ) from error
     if raw is None:
         raw = {}
     if not isinstance(raw, dict):

@@ -34,6 +34,9 @@ def run_stage(name: str, output: Path, mode: Path, progress: Path) -> int:
     if how == "fail":
         print("the disk of dreams is full")
         return 1
+    if how == "full":
+        with Path("/dev/full").open("w") as full:
+            full.write("x")
     if how == "hang":
         time.sleep(60)
     if name == "evaluate":
@@ -42,7 +45,8 @@ def run_stage(name: str, output: Path, mode: Path, progress: Path) -> int:
         text = "".join(json.dumps({"key": str(i), "score": i % 2}) + "\n" for i in range(8))
         (folder / "predictions.jsonl").write_text(text)
         score = {"benchmark": "textvqa", "split": "val", "metric": "vqa", "score_percent": 50.0}
-        score |= {"chance_percent": 0.0, "categories": {}, "metrics": {}, "scorer": "s 1"}
+        score |= {"chance_percent": 0.0, "metrics": {}, "scorer": {"name": "s", "version": "1"}}
+        score["categories"] = {"all": {"score_percent": 50.0, "num_questions": 8}}
         score["predictions_sha256"] = hashlib.sha256(text.encode()).hexdigest()
         (folder / "score.json").write_text(json.dumps(score))
     (output / "out.txt").write_text(name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -10,10 +11,11 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 
 from synth_agent import journal, pipeline
-from synth_agent.errors import Conflict, InvalidInput
+from synth_agent.errors import Busy, Conflict, InvalidInput
 from synth_agent.runs import Cost, Plan, Proposal, Run
 from synth_agent.workspace import Workspace
 
@@ -116,4 +118,66 @@ def test_commit_leaves_the_users_changes_alone(git_workspace: Workspace) -> None
     approve(git_workspace)
     assert len(journal.pending(git_workspace)) == 1
     (root / ".git" / "index.lock").unlink()
-    assert journal.catch_up(git_workspace)[0].commit and not journal.pending(git_workspace)
+    assert journal.catch_up(git_workspace)[0].made and not journal.pending(git_workspace)
+
+
+def test_second_launch_is_busy_and_a_succeeded_run_is_not_resumed(
+    git_workspace: Workspace,
+) -> None:
+    mode(git_workspace, "process", "hang")
+    first, second = approve(git_workspace), approve(git_workspace)
+    pipeline.launch(git_workspace, first, program=PROGRAM)
+    with pytest.raises(Busy, match=first.run_id):
+        pipeline.launch(git_workspace, second, program=PROGRAM)
+    pipeline.cancel(git_workspace, first.run_id)
+    assert ended(git_workspace, first.run_id).status == "cancelled"
+    assert journal.history(git_workspace)[0].trailers["Verdict"] == "cancelled"
+    mode(git_workspace, "process", "")
+    pipeline.launch(git_workspace, second, program=PROGRAM)
+    assert ended(git_workspace, second.run_id).status == "succeeded"
+    with pytest.raises(Conflict):
+        pipeline.resume(git_workspace, second.run_id, program=PROGRAM)
+    assert json.loads(git_workspace.run(second.run_id).scores.read_text())["scores"]
+    index = (git_workspace.runs / "README.md").read_text()
+    assert index.index(second.run_id) < index.index(first.run_id)
+
+
+def test_stage_that_outlived_a_killed_worker_is_ended(git_workspace: Workspace) -> None:
+    mode(git_workspace, "process", "hang")
+    first = approve(git_workspace)
+    pid = pipeline.launch(git_workspace, first, program=PROGRAM)
+    run = wait_for(git_workspace, first.run_id, lambda r: bool(r.stages["process"].progress))
+    os.kill(pid, signal.SIGKILL)
+    ended(git_workspace, first.run_id)
+    survivor = run.stages["process"].pid
+    assert survivor is not None and psutil.pid_exists(survivor)
+    mode(git_workspace, "process", "")
+    second = approve(git_workspace)
+    pipeline.launch(git_workspace, second, program=PROGRAM)
+    assert ended(git_workspace, second.run_id).status == "succeeded"
+    assert not psutil.pid_exists(survivor) or psutil.Process(survivor).status() == "zombie"
+
+
+def test_run_is_not_over_before_its_commit(git_workspace: Workspace) -> None:
+    plan = approve(git_workspace)
+    pipeline.launch(git_workspace, plan, program=PROGRAM)
+    wait_for(git_workspace, plan.run_id, lambda r: r.status == "succeeded")
+    assert journal.history(git_workspace)[0].trailers["Verdict"] == "baseline"
+
+
+def test_parent_without_scores_gives_no_verdict(git_workspace: Workspace) -> None:
+    parent = approve(git_workspace)
+    plan = approve(git_workspace, parent=parent.run_id)
+    pipeline.launch(git_workspace, plan, program=PROGRAM)
+    run = ended(git_workspace, plan.run_id)
+    assert (run.status, run.verdict) == ("succeeded", None)
+    assert parent.run_id in run.message
+
+
+def test_full_disk_is_named(git_workspace: Workspace) -> None:
+    mode(git_workspace, "process", "full")
+    plan = approve(git_workspace)
+    pipeline.launch(git_workspace, plan, program=PROGRAM)
+    run = ended(git_workspace, plan.run_id)
+    assert run.error is not None and run.error["title"] == "Disk is full"
+    assert "bytes are free" in run.error["message"]

@@ -8,6 +8,7 @@ dropping its sample silently.
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -102,7 +103,7 @@ class _Watched:
             try:
                 made = do(rows, *arguments, **options)
             except Exception:
-                self._failed = [i for i in ids if len(ids) == 1 or self._fails_alone(do, i)]
+                self._failed = self._culprits(do, ids)
                 raise
             if self._method == "compute_stats":
                 self._check_scores(ids, made[STATS_FIELD])
@@ -122,6 +123,14 @@ class _Watched:
         if not self._failed:
             return ""
         return f" on {describe_rows(self._failed, self._seed)}"
+
+    def _culprits(self, do: Callable[..., Any], ids: Sequence[int]) -> list[int]:
+        """Return the rows of a failed batch that are to blame: few, or the operator itself is."""
+        if len(ids) == 1:
+            return list(ids)
+        alone = (row_id for row_id in ids if self._fails_alone(do, row_id))
+        found = list(itertools.islice(alone, _NAMED + 1))
+        return found if len(found) <= min(_NAMED, len(ids) - 1) else []
 
     def _fails_alone(self, do: Callable[..., Any], row_id: int) -> bool:
         """Tell whether one row of a failed batch fails by itself."""

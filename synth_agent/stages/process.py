@@ -40,7 +40,7 @@ from synth_agent.data import (
     write_samples,
 )
 from synth_agent.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK, SynthAgentError
-from synth_agent.recipe_checks import check_options
+from synth_agent.recipe_checks import check_models, check_options
 from synth_agent.recipes import Recipe, load_recipe
 from synth_agent.stages.datajuicer import guard
 from synth_agent.stages.pictures import check_pictures
@@ -73,6 +73,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the stage and return its exit code."""
     arguments = _parser().parse_args(argv)
     signal.signal(signal.SIGTERM, _terminate)
+    # Read when torch is imported. Threads that wait for each other cost small models half the time.
+    os.environ["OMP_NUM_THREADS"] = str(arguments.threads)
     with StageProgress(arguments.progress) as progress:
         try:
             process(arguments, progress)
@@ -99,8 +101,14 @@ def process(arguments: argparse.Namespace, progress: StageProgress) -> None:
     """
     recipe = load_recipe(arguments.recipe)
     check_options(str(arguments.recipe), recipe.options)
+    for position, operator in enumerate(recipe.operators, 1):
+        where = f"{arguments.recipe}, operator {position} ({operator.name})"
+        check_models(where, operator.parameters, Path.cwd())
     seed = read_samples(arguments.seed, unique_ids=True)
     original = read_llava(arguments.original)
+    # A record that training could not use is found before the recipe runs, not after.
+    for _ in restore_questions((sample.as_record() for sample in seed), original):
+        pass
     check_pictures(
         seed,
         arguments.images,
@@ -177,7 +185,6 @@ def _load(recipe: Recipe, seed: Sequence[Sample], images: Path, folder: Path) ->
         "skip_op_error": False,
         "use_cache": False,
         "ds_cache_dir": str(folder / "cache"),
-        "temp_dir": str(folder / "temp"),
     }
     config_file = folder / "recipe.yaml"
     config_file.write_text(yaml.safe_dump(mapping, sort_keys=False), encoding="utf-8")
@@ -257,6 +264,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--original", type=Path, required=True, help="LLaVA file with questions")
     parser.add_argument("--cap", type=int, default=200_000, help="most samples that are left")
     parser.add_argument("--cap-seed", type=int, default=1024, help="seed of the sampling")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads of the models")
     parser.add_argument("--output", type=Path, required=True, help="folder to write")
     parser.add_argument("--progress", type=Path, help="file for progress lines")
     return parser

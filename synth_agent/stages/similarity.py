@@ -1,8 +1,8 @@
 """CLIP similarity of captions and pictures, many samples at a time.
 
 Data-Juicer's `image_text_similarity_filter` calls its model once for every sample. Here the same
-model and processor see up to 64 pairs in one call; the scores agree within 1e-6 and keep the shape
-and the key that the operator gives them.
+model and processor see 64 pairs in one call; the scores agree within 1e-6 and keep the shape and
+the key that the operator gives them. Models in half precision stay with the operator's own way.
 """
 
 from __future__ import annotations
@@ -30,10 +30,17 @@ def batched_similarity(operator: Any) -> Callable[..., Any] | None:
     """Return a replacement of the operator's `compute_stats`, None for any other operator."""
     if operator._name != OPERATOR:
         return None
+    import torch
     from data_juicer.utils.model_utils import get_model
+
+    one_by_one = operator.compute_stats
 
     def compute_stats(rows: Any, *arguments: Any, **options: Any) -> Any:
         model, processor = get_model(operator.model_key, options.get("rank"), operator.use_cuda())
+        if model.dtype != torch.float32:
+            # Half precision rounds differently in batches of different sizes.
+            with torch.inference_mode():
+                return one_by_one(rows, *arguments, **options)
         scores: dict[int, list[float]] = {}
         waiting: list[_Chunk] = []
         for position in range(len(rows[STATS_FIELD])):

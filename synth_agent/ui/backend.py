@@ -227,6 +227,7 @@ class WorkspaceBackend:
         name = str(proposal.recipe["name"])
         mapping = _recipe_mapping(text)
         if mapping == _plain({k: v for k, v in proposal.recipe.items() if k != "name"}):
+            self.validate(proposal)
             return proposal
         if not name.endswith("-edited"):
             name = f"{name}-edited"

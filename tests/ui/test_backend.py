@@ -59,10 +59,16 @@ def test_the_text_to_edit_is_the_recipe(workspace: Workspace) -> None:
     assert yaml.safe_load(text) == {"process": proposal.recipe["process"]}
 
 
-def test_an_unchanged_text_keeps_the_proposal(workspace: Workspace) -> None:
+def test_an_unchanged_text_keeps_the_proposal(
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
     backend = WorkspaceBackend(workspace)
     proposal = proposal_for(workspace, "similarity", None)
-    assert backend.edited(proposal, backend.recipe_text(proposal)) is proposal
+    text = backend.recipe_text(proposal)
+    with pytest.raises(InvalidInput, match="skip_op_error"):
+        backend.edited(proposal, text)
+    monkeypatch.setattr(backend, "validate", lambda given: None)
+    assert backend.edited(proposal, text) is proposal
 
 
 def test_the_history_is_read_again_only_when_it_changed(workspace: Workspace) -> None:

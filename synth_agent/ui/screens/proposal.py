@@ -115,11 +115,13 @@ class ProposalScreen(NotebookScreen):
     def _refuse(self, problem: str) -> None:
         """Say why what is shown cannot run; it cannot be approved."""
         self._shown_sha256 = None
+        self.query_one("#approve", Button).disabled = True
         self._say(Content.assemble(("✗ cannot run  ", "bold $error"), clean(problem)))
 
     def _show_proposal(self, proposal: Proposal, difference: list[DiffLine]) -> None:
         self._proposal = proposal
         self._shown_sha256 = proposal.sha256
+        self.query_one("#approve", Button).disabled = False
         against = f"against {clean(proposal.parent)}" if proposal.parent else "complete"
         self.query_one("#recipe-difference").border_title = Content(f"Recipe, {against}")
         changes = difference_content(difference)
@@ -289,9 +291,11 @@ def settings_content(settings: Mapping[str, Any], width: int) -> Content:
     """Return every setting under its section's name."""
     lines: list[Content] = []
     for section, values in settings.items():
+        if not isinstance(values, Mapping):
+            lines.append(Content.assemble((fit(clean(section), 28), "bold"), clean(values)))
+            continue
         lines.append(Content.styled(clean(section), "bold"))
-        rows = list(flatten(values)) if isinstance(values, Mapping) else [("", str(values))]
-        for key, value in rows:
+        for key, value in flatten(values):
             lines += _setting_lines(clean(key), clean(value), width)
     return Content("\n").join(lines)
 
