@@ -138,6 +138,10 @@ class Trainer:
         )
         with metrics.open("a", encoding="utf-8") as lines:
             lines.write(json.dumps({"step": step, **values}) + "\n")
+        numbers = " ".join(f"{name} {value:.4g}" for name, value in values.items())
+        print(
+            f"step {step}/{self.schedule.total_steps} {numbers} {speed:.1f} samples/s", flush=True
+        )
 
     def save(self, state: TrainingState) -> None:
         """Write the state to resume from."""

@@ -19,7 +19,7 @@ def guard() -> None:
     """
     import data_juicer.utils.lazy_loader as lazy_loader
 
-    def refuse(cls: type, package: str, *arguments: object, **options: object) -> NoReturn:
+    def refuse(cls: type, package: str, /, *arguments: object, **options: object) -> NoReturn:
         raise ImportError(f"Data-Juicer needs the package {package!r}, which is not installed")
 
     lazy_loader.LazyLoader._install_package = classmethod(refuse)
