@@ -222,7 +222,7 @@ def differences(records: Sequence[Record], recipes: Sequence[str]) -> list[str]:
         points = statistics.mean(ours) - statistics.mean(base)
         lines.append(
             f"{recipe} against {recipes[0]}, {name}: {points:+.1f} points, "
-            f"p = {permutation_p(ours, base):.4f} (two-sided, exact permutation over seeds), "
+            f"p = {permutation_p(ours, base):.2g} (two-sided, exact permutation over seeds), "
             f"{sum(a > b for a in ours for b in base)} of {len(ours) * len(base)} pairs higher"
         )
     return lines
