@@ -35,12 +35,13 @@ therefore not in git.
 Report = Callable[[str], None]
 
 
-def prepare_demo(root: Path, report: Report) -> Workspace:
+def prepare_demo(root: Path, report: Report, data: Path | None = None) -> Workspace:
     """Make the demo workspace, or complete and open the one that is there.
 
     Args:
         root: Folder of the workspace.
         report: Called with a line for each thing that is done.
+        data: Folder written by `write_world` to move in; None writes the usual world.
 
     Raises:
         InvalidInput: If the folder holds something else.
@@ -51,6 +52,8 @@ def prepare_demo(root: Path, report: Report) -> Workspace:
         root.mkdir(parents=True, exist_ok=True)
         _write_settings(root)
     _write_models(root, report)
+    if data is not None:
+        data.rename(root / "data")
     _write_data(root, report)
     if not (root / ".git").exists():
         _init_repository(root, report)

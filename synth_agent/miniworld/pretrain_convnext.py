@@ -106,7 +106,8 @@ def pretrain_convnext(
         images = normalise(pictures.pixels[rows], device, augment)
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             features = model(images).last_hidden_state  # (B, 192, 4, 4)
-        return features.float().permute(0, 2, 3, 1) @ head.T  # (B, 4, 4, D)
+        cells: Tensor = features.float().permute(0, 2, 3, 1) @ head.T  # (B, 4, 4, D)
+        return cells
 
     def loss_of(step: int) -> Tensor:
         model.train()
@@ -123,7 +124,7 @@ def pretrain_convnext(
     def measure() -> str:
         model.eval()
         rows = torch.arange(pictures.num_training, len(pictures.scenes))
-        decoded = torch.cat([decode(part, False) for part in rows.split(250)])
+        decoded = torch.cat([decode(part, False) for part in torch.split(rows, 250)])
         named, wanted = _name(decoded, codes, *temperature), held[rows].to(device)
         words = slice(1, 1 + len(WORDS))
         has_word = wanted[..., words].any(-1)

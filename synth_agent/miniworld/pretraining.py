@@ -99,7 +99,7 @@ def optimise(
         optimizer.param_groups[0]["lr"] = learning_rate * (warm * decay + 1e-3)
         optimizer.zero_grad(set_to_none=True)
         loss = loss_of(step)
-        loss.backward()
+        torch.autograd.backward(loss)
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         if step % 250 == 0 or step == steps - 1:

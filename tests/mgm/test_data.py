@@ -50,7 +50,7 @@ def dataset(
 def test_pixels_and_tensors_are_the_originals() -> None:
     checks = list(pictures.check(GOLDEN / "preprocess"))
     assert len(checks) > 24
-    assert [check for check in checks if not check.passed] == []
+    assert [check for check in checks if not check.is_ok] == []
 
 
 @pytest.mark.parametrize(("size", "side"), [((20, 10), 64), ((10, 31), 64), ((7, 7), 64)])
