@@ -14,7 +14,7 @@ from synth_agent.recipes import Recipe
 from synth_agent.runs import STAGES, Cost, Run
 from synth_agent.workspace import Workspace
 
-MINI_WORLD_SECONDS = {"process": 25.0, "pretrain": 45.0, "finetune": 20.0, "evaluate": 20.0}
+MINI_WORLD_SECONDS = {"process": 10.0, "pretrain": 55.0, "finetune": 20.0, "evaluate": 16.0}
 """Seconds of each stage of the demo on two 2.x GHz cores; see `benchmarks/results/`."""
 
 
