@@ -6,6 +6,7 @@ an interrupt or a termination signal; 1 anything else, with its traceback.
 
 from __future__ import annotations
 
+import errno
 import signal
 import sys
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from typing import NoReturn, TypeVar
 from mgm.errors import InputError
 from mgm.progress import Progress
 
+EXIT_FAILED = 1
 EXIT_INPUT = 2
 EXIT_INTERRUPTED = 130
 EXIT_TERMINATED = 143
@@ -51,6 +53,11 @@ def run_program(
         return EXIT_INPUT
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        print(f"No space left on device: {error.filename or 'output'}", file=sys.stderr)
+        return EXIT_FAILED
     return 0
 
 

@@ -68,7 +68,7 @@ def build_parser() -> argparse.ArgumentParser:
         "-w", "--workspace", type=Path, default=Path(), help="workspace folder (default: here)"
     )
     parser.set_defaults(command=_open_app)
-    commands = parser.add_subparsers(title="commands", metavar="")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND")
     _add_demo(commands)
     _add_gate(commands)
     _add_runs(commands)

@@ -170,6 +170,10 @@ def _others(workspace: Workspace, run_id: str) -> list[Run]:
     return runs
 
 
+_FULL_BYTES = 2**20
+"""With less than this free, a stage that failed failed for want of space."""
+
+
 def _system_error(workspace: Workspace, error: OSError) -> SynthAgentError:
     if error.errno not in (errno.ENOSPC, errno.EDQUOT):
         return SynthAgentError("System error", str(error), "correct the cause and resume the run")
@@ -321,7 +325,9 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
 
 
 def _failure(stage: Stage, code: int, missing: Sequence[str], log: Path) -> dict[str, str]:
-    if "No space left on device" in last_lines(log):
+    # A stage on a full disk may not even get to say so in its log.
+    is_full = shutil.disk_usage(stage.partial).free < _FULL_BYTES
+    if is_full or "No space left on device" in last_lines(log):
         title, message, hint = _disk_full(stage.partial)
         return {"title": title, "message": message, "hint": hint}
     if code:

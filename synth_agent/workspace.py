@@ -239,7 +239,7 @@ def find_root(start: Path) -> Path:
     raise InvalidInput(
         "No workspace here",
         f"no {SETTINGS_NAME} in {start.resolve()} or above it",
-        "make one with `synth-agent demo DIR` or `synth-agent init DIR`",
+        "make one with `synth-agent demo DIR`, or write a synth.yaml there",
     )
 
 

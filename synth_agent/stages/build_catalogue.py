@@ -15,6 +15,7 @@ import types
 import typing
 from collections.abc import Mapping
 from importlib.metadata import version
+from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from synth_agent.catalogue import CATALOGUE_FILE, SUPPORTED_VERSION
@@ -129,9 +130,10 @@ def main() -> None:
         base.setdefault(kind, [_base_parameter(*item) for item in cls._BASE_PARAMS.items()])
         described.append(_operator(name, kind, cls))
     document = {"version": installed, "base": base, "operators": described}
+    text = json.dumps(document, ensure_ascii=False, indent=1, sort_keys=True)
     with atomic_file(CATALOGUE_FILE) as file:
-        json.dump(document, file, ensure_ascii=False, indent=1, sort_keys=True)
-        file.write("\n")
+        # Some defaults lie in the home of whoever builds the catalogue.
+        file.write(text.replace(f"{Path.home()}/", "~/") + "\n")
 
 
 def _kind(cls: type) -> str:

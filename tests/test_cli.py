@@ -1,0 +1,103 @@
+"""The command line: what goes where, exit codes, and messages that name file, field and fix."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from synth_agent.cli import main
+from synth_agent.workspace import Workspace
+
+
+@pytest.fixture
+def root(git_workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(git_workspace.root)
+    return git_workspace.root
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("gaol: x\n", ("gaol", "goal")),
+        ("pretrain:\n  learning_rat: 1\n", ("pretrain.learning_rat", "learning_rate")),
+        ("finetune:\n  method: lorra\n", ("finetune.method", "lorra", "lora")),
+        ("goal: [\n", ("not YAML",)),
+        ("- a\n", ("not a mapping",)),
+    ],
+)
+def test_wrong_settings_name_file_key_and_fix(
+    root: Path, capsys: pytest.CaptureFixture[str], text: str, told: tuple[str, ...]
+) -> None:
+    (root / "synth.yaml").write_text(text)
+    assert main(["runs"]) == 2
+    output = capsys.readouterr()
+    assert output.out == ""
+    assert "synth.yaml" in output.err
+    assert all(part in output.err for part in told)
+
+
+def test_errors_are_data_when_data_is_asked_for(
+    root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (root / "synth.yaml").write_text("gaol: x\n")
+    assert main(["runs", "--json"]) == 2
+    error = json.loads(capsys.readouterr().out)["error"]
+    assert error["hint"] == "did you mean 'goal'?"
+
+
+def test_an_unknown_operator_is_named_with_the_nearest(
+    root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = root / "typo.yaml"
+    recipe.write_text(
+        "# title: t\n# reason: r\nskip_op_error: false\nprocess:\n- words_num_filtr: {}\n"
+    )
+    assert main(["validate", str(recipe)]) == 2
+    told = capsys.readouterr().err
+    assert "typo.yaml" in told
+    assert "words_num_filter" in told
+
+
+def test_outside_a_workspace(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["runs"]) == 2
+    assert "synth-agent demo" in capsys.readouterr().err
+
+
+def test_a_demo_never_overwrites_a_folder(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "mine.txt").write_text("precious")
+    assert main(["demo", str(tmp_path), "--headless"]) == 2
+    assert "not empty" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+
+
+def test_settings_are_shown_with_their_origin(
+    root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["config", "--json"]) == 0
+    rows = {row["key"]: row for row in json.loads(capsys.readouterr().out)}
+    assert rows["goal"] == {"key": "goal", "value": "test", "origin": "file"}
+    assert rows["pretrain.learning_rate"]["origin"] == "default"
+
+
+def test_nothing_is_approved_that_was_not_shown(
+    root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["approve", "0123456789"]) == 2
+    assert "No such proposal" in capsys.readouterr().err
+
+
+def test_the_app_needs_a_terminal(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 2
+    assert "No terminal" in capsys.readouterr().err
+
+
+def test_help_has_examples(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["--help"])
+    assert ended.value.code == 0
+    assert "examples:" in capsys.readouterr().out
