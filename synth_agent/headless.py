@@ -13,7 +13,7 @@ from typing import Any
 
 from synth_agent import pipeline
 from synth_agent.runs import STAGES, Event, EventTail, Proposal, Run, Score
-from synth_agent.wording import benchmark_name, duration
+from synth_agent.wording import SEED_CAVEAT, benchmark_name, duration
 from synth_agent.workspace import Workspace
 
 POLL_SECONDS = 0.2
@@ -152,6 +152,8 @@ def run_text(run: Run) -> str:
             f"{comparison.verdict}"
         )
     lines.append(f"  verdict  {run.verdict or run.status}")
+    if run.comparisons:
+        lines.append(f"  note     {SEED_CAVEAT}")
     return "\n".join(lines)
 
 

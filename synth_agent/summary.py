@@ -9,9 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from synth_agent.runs import Run
+from synth_agent.wording import BENCHMARK_NAMES, SEED_CAVEAT, benchmark_name
 from synth_agent.workspace import Workspace
-
-_LABELS = {"textvqa": "TextVQA", "mmbench": "MMBench"}
 
 
 def write_summary(workspace: Workspace, run: Run) -> Path:
@@ -29,16 +28,18 @@ def write_summary(workspace: Workspace, run: Run) -> Path:
         lines += ["", "| benchmark | score | 95 % interval | chance | questions |"]
         lines += ["| --- | --- | --- | --- | --- |"]
         lines += [
-            f"| {_LABELS.get(name, name)} | {s.percent:.2f} | {s.low:.2f} to {s.high:.2f} "
+            f"| {benchmark_name(name)} | {s.percent:.2f} | {s.low:.2f} to {s.high:.2f} "
             f"| {s.chance:.2f} | {s.num_questions} |"
             for name, s in run.scores.items()
         ]
     for name, c in run.comparisons.items():
         lines += [
             "",
-            f"{_LABELS.get(name, name)} against {c.parent}: {c.difference:+.2f} points, "
+            f"{benchmark_name(name)} against {c.parent}: {c.difference:+.2f} points, "
             f"95 % interval {c.low:+.2f} to {c.high:+.2f}: {c.verdict}.",
         ]
+    if run.comparisons:
+        lines += ["", SEED_CAVEAT]
     path = workspace.run(run.id).summary
     path.write_text("\n".join(lines) + "\n", "utf-8")
     return path
@@ -50,7 +51,8 @@ def write_index(workspace: Workspace, runs: Sequence[Run]) -> Path:
     lines += ["| --- | --- | --- | --- | --- |"]
     for run in sorted(runs, key=lambda run: run.id, reverse=True):
         scores = [
-            f"{run.scores[name].percent:.2f}" if name in run.scores else "" for name in _LABELS
+            f"{run.scores[name].percent:.2f}" if name in run.scores else ""
+            for name in BENCHMARK_NAMES
         ]
         title = run.plan.proposal.title.replace("|", "\\|")
         cells = [f"[{run.id}]({run.id}/)", title, run.verdict or run.status, *scores]

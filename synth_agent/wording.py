@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+SEED_CAVEAT = (
+    "Intervals cover the choice of questions, not the training seed: repeat the plan with another "
+    "seed before trusting a small difference."
+)
 BENCHMARK_NAMES = {"textvqa": "TextVQA", "mmbench": "MMBench"}
 
 

@@ -101,8 +101,8 @@ def verdict_words(run: Run) -> Content:
     sign = VERDICTS[run.verdict]
     meaning = {
         "baseline": "Later runs are compared with this one.",
-        "better": "The gain is larger than chance explains on these questions.",
-        "worse": "The loss is larger than chance explains on these questions.",
+        "better": "A gain beyond the choice of questions; another seed may differ.",
+        "worse": "A loss beyond the choice of questions; another seed may differ.",
         "inside noise": "The difference is no larger than chance explains: no change was shown.",
         "mixed": "One benchmark gained and another lost.",
         "failed": "The run did not reach a score.",
