@@ -47,6 +47,10 @@ def main() -> int:
         for done in as_completed(waiting):
             records.append(done.result())
             print(f"{len(records)}/{len(jobs)} {json.dumps(records[-1])}", file=sys.stderr)
+    if options.append:
+        lines = options.out.with_suffix(".jsonl").read_text("utf-8").splitlines()
+        records = [*map(json.loads, lines), *records]
+        options.recipes = list(dict.fromkeys(record["recipe"] for record in records))
     records.sort(key=lambda record: (options.recipes.index(record["recipe"]), record["seed"]))
     report = table(records, options)
     print(report)
@@ -71,6 +75,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--processed", type=Path, help="folder with RECIPE/processed.json")
     parser.add_argument("--work", type=Path, help="folder for what is made")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/miniworld_seeds"))
+    parser.add_argument(
+        "--append", action="store_true", help="add to the records that --out already holds"
+    )
     options = parser.parse_args()
     options.workspace = options.workspace.resolve()
     return options

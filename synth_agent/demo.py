@@ -84,18 +84,33 @@ def _write_settings(root: Path) -> None:
 
 
 def _write_models(root: Path, report: Report) -> None:
-    """Copy the shipped model parts that are missing, each complete or not at all."""
+    """Copy or unpack the shipped model parts that are missing, each complete or not at all.
+
+    Raises:
+        InvalidInput: If the installation lacks a part.
+    """
     assets = resources.files("synth_agent.miniworld").joinpath("assets")
     for part in _MODEL_PARTS:
         target = root / "models" / part
-        with resources.as_file(assets.joinpath(part)) as source:
-            if target.exists() or not source.is_dir():
-                continue
-            report(f"copying model part {part}")
-            partial = target.with_name(target.name + ".partial")
-            shutil.rmtree(partial, ignore_errors=True)
-            shutil.copytree(source, partial)
-            partial.rename(target)
+        if target.exists():
+            continue
+        report(f"copying model part {part}")
+        partial = target.with_name(target.name + ".partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        packed = assets.joinpath(f"{part}.zip")
+        with resources.as_file(packed if packed.is_file() else assets.joinpath(part)) as source:
+            if source.suffix == ".zip":
+                shutil.unpack_archive(source, partial)
+            elif source.is_dir():
+                shutil.copytree(source, partial)
+            else:
+                raise InvalidInput(
+                    "Model part is missing",
+                    f"{source}: not there",
+                    "install synth-agent again, or build it: "
+                    f"python -m synth_agent.miniworld.build --part {part}",
+                )
+        partial.rename(target)
 
 
 def _write_data(root: Path, report: Report) -> None:

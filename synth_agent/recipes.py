@@ -8,6 +8,7 @@ Nothing here imports Data-Juicer; `catalogue` says what operators there are.
 from __future__ import annotations
 
 import difflib
+import math
 import re
 import textwrap
 from collections.abc import Iterator, Mapping
@@ -334,8 +335,12 @@ def _published(text: str, path: Path) -> dict[str, float]:
 
 def _share(text: str, path: Path) -> float:
     number = _number(text)
-    if number is None or not 0 <= number <= 1:
-        raise InvalidInput("Bad recipe header", f"{path}, keeps: {text!r}", "write a share 0 to 1")
+    if number is None or not 0 <= number < math.inf:
+        raise InvalidInput(
+            "Bad recipe header",
+            f"{path}, keeps: {text!r}",
+            "write the share of samples that comes out, 0.5 for half, above 1 if samples are added",
+        )
     return number
 
 

@@ -251,7 +251,7 @@ def _run_stage(
         status = "cancelled"
     elif code or missing:
         status = "failed"
-        error = tail.error or _failure(stage, code, missing, logs / f"{stage.name}.log")
+        error = _failure(stage, code, missing, logs / f"{stage.name}.log", tail.error)
     else:
         status = "succeeded"
         if stage.output.exists():
@@ -324,12 +324,18 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
         process.wait()
 
 
-def _failure(stage: Stage, code: int, missing: Sequence[str], log: Path) -> dict[str, str]:
+def _failure(
+    stage: Stage, code: int, missing: Sequence[str], log: Path, reported: dict[str, str] | None
+) -> dict[str, str]:
+    """Return what went wrong: the full disk, else what the stage reported, else its exit."""
     # A stage on a full disk may not even get to say so in its log.
     is_full = shutil.disk_usage(stage.partial).free < _FULL_BYTES
-    if is_full or "No space left on device" in last_lines(log):
+    told = last_lines(log) + (reported["message"] if reported else "")
+    if "No space left on device" in told or (is_full and not reported):
         title, message, hint = _disk_full(stage.partial)
         return {"title": title, "message": message, "hint": hint}
+    if reported:
+        return reported
     if code:
         message = f"exit code {code}\n{last_lines(log)}"
     else:

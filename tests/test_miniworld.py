@@ -2,19 +2,30 @@
 
 import hashlib
 import json
+import random
+import shutil
 from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import features
+from transformers import (
+    AutoProcessor,
+    Blip2ForConditionalGeneration,
+    BlipForImageTextRetrieval,
+    CLIPModel,
+)
 
 from mgm.benchmarks import MMBench, TextVQA
 from mgm.checkpoint import build_model
 from mgm.config import ModelConfig
 from mgm.data import check_records, read_records
+from synth_agent.data import read_samples
 from synth_agent.errors import SynthAgentError
-from synth_agent.miniworld import datasets, render, write_world
+from synth_agent.miniworld import build, datasets, language, render, write_world
+from synth_agent.miniworld.scene import Scene, draw_scene
+from synth_agent.miniworld.tokenizer import IMAGE_TOKEN, IMAGE_TOKEN_ID
 
 ASSETS = Path(datasets.__file__).parent / "assets"
 SIZES = {"num_seed_samples": 40, "num_instructions": 6, "num_textvqa": 5, "num_mmbench": 6}
@@ -78,9 +89,79 @@ def test_shipped_parts_fit_the_model_exactly() -> None:
     assert all(torch.isfinite(value).all() for value in model.parameters())
 
 
+@pytest.fixture(scope="module")
+def captioner(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models") / "blip2"
+    shutil.unpack_archive(ASSETS / "blip2.zip", folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def scenes() -> list[Scene]:
+    draw = random.Random(31)
+    return [draw_scene(draw, num_signs=1) for _ in range(24)]
+
+
+def test_the_seed_set_is_read_by_the_real_reader(world: Path) -> None:
+    samples = read_samples(world / "seed" / "seed.jsonl", unique_ids=True)
+    assert len(samples) == 40
+    assert all((world / "seed" / image).is_file() for s in samples for image in s.images)
+
+
+def test_the_captioner_reads_signs(captioner: Path, scenes: list[Scene]) -> None:
+    model = Blip2ForConditionalGeneration.from_pretrained(str(captioner)).eval()
+    processor = AutoProcessor.from_pretrained(str(captioner))
+    inputs = processor(images=[render.render(scene) for scene in scenes], return_tensors="pt")
+    ids = model.generate(**inputs, do_sample=False, max_new_tokens=128)
+    texts = processor.batch_decode(ids, skip_special_tokens=True)
+    told = [scene.signs[0].word in text.split() for scene, text in zip(scenes, texts, strict=True)]
+    assert sum(told) >= 22
+    assert (ids == model.config.text_config.eos_token_id).any(1).all()
+
+
+def test_the_captioner_keeps_the_image_token_where_data_juicer_wants_it(captioner: Path) -> None:
+    model = Blip2ForConditionalGeneration.from_pretrained(str(captioner))
+    tokenizer = AutoProcessor.from_pretrained(str(captioner)).tokenizer
+    assert tokenizer.convert_tokens_to_ids(IMAGE_TOKEN) == IMAGE_TOKEN_ID == 50265
+    table = model.get_input_embeddings().weight
+    unused = table[len(tokenizer) - 1 :]
+    assert len(table) > IMAGE_TOKEN_ID
+    assert torch.equal(unused, unused[:1].expand_as(unused))
+
+
+def test_the_matcher_tells_own_captions_from_others(scenes: list[Scene]) -> None:
+    model = BlipForImageTextRetrieval.from_pretrained(str(ASSETS / "blip")).eval()
+    processor = AutoProcessor.from_pretrained(str(ASSETS / "blip"))
+    draw = random.Random(1)
+    texts = [language.caption(scene, draw) for scene in scenes]
+    pictures = [render.render(scene) for scene in scenes]
+
+    def accepted(captions: list[str]) -> float:
+        inputs = processor(text=captions, images=pictures, padding=True, return_tensors="pt")
+        with torch.inference_mode():
+            return float(model(**inputs).itm_score.argmax(1).float().mean())
+
+    assert accepted(texts) >= 0.85
+    assert accepted(texts[1:] + texts[:1]) <= 0.1
+
+
+def test_the_builder_writes_parts_that_load(tmp_path: Path) -> None:
+    arguments = ["--steps-scale", "0.0001", "--device", "cpu", "--processes", "1"]
+    assert build.main([*arguments, "--out", str(tmp_path)]) == 0
+    folders = [tmp_path / part for part in ("gemma", "clip", "convnext")]
+    build_model(ModelConfig.from_parts(*folders), *folders)
+    CLIPModel.from_pretrained(str(tmp_path / "clip"))
+    BlipForImageTextRetrieval.from_pretrained(str(tmp_path / "blip"))
+    shutil.unpack_archive(tmp_path / "blip2.zip", tmp_path / "unpacked")
+    Blip2ForConditionalGeneration.from_pretrained(str(tmp_path / "unpacked"))
+    for part in ("clip", "blip", "blip2"):
+        AutoProcessor.from_pretrained(str(tmp_path / part))
+
+
 def test_shipped_parts_are_small() -> None:
-    size = sum(path.stat().st_size for path in ASSETS.rglob("*") if path.is_file())
-    assert size < 8 * 2**20
+    parts = [path for path in ASSETS.rglob("*") if path.is_file()]
+    shipped = [path for path in parts if "blip2" not in path.parts]
+    assert sum(path.stat().st_size for path in shipped) < 8 * 2**20
 
 
 def test_a_missing_font_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:

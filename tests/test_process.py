@@ -279,7 +279,7 @@ from data_juicer.ops.base_op import Filter, Mapper
 from data_juicer.utils.lazy_loader import LazyLoader
 from synth_agent.data import Sample
 from synth_agent.errors import SynthAgentError
-from synth_agent.stages.operators import run_operator
+from synth_agent.stages.running import run_operator
 
 class Breaks(Mapper):
     _name, _batched_op = "breaks_mapper", True

@@ -194,7 +194,7 @@ def pretrain_language(
     model = GemmaForCausalLM(_config(len(tokenizer))).to(device)
     slot = tokenizer.convert_tokens_to_ids(SLOT)
     generator = torch.Generator().manual_seed(0)
-    num_training = num_documents - 512
+    num_training = num_documents - min(512, num_documents // 5)
 
     def losses(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         ids = corpus.ids[rows].long().to(device)

@@ -24,11 +24,12 @@ STD = (0.26862954, 0.26130258, 0.27577711)
 LOW_SIZE = 64
 _CHUNK = 500
 _HELD_OUT = 1000
+_HELD_OUT_SHARE = 5
 
 
 @dataclass(frozen=True)
 class PictureSet:
-    """Rendered scenes. The last thousand are held out."""
+    """Rendered scenes. The last thousand, at most a fifth of all, are held out."""
 
     pixels: Tensor
     """(N, 128, 128, 3) uint8."""
@@ -36,7 +37,7 @@ class PictureSet:
 
     @property
     def num_training(self) -> int:
-        return len(self.scenes) - _HELD_OUT
+        return len(self.scenes) - min(_HELD_OUT, len(self.scenes) // _HELD_OUT_SHARE)
 
 
 def draw_pictures(num_pictures: int, seed: int, processes: int) -> PictureSet:

@@ -6,6 +6,7 @@ stands: a model of a million parameters cannot afford to learn two ids for one w
 
 from __future__ import annotations
 
+import json
 import random
 import string
 from typing import Literal
@@ -19,16 +20,20 @@ from synth_agent.miniworld.scene import WORDS, draw_scene
 SPECIAL = ("<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>", "<slot>")
 SLOT = "<slot>"
 """Stands for one row of a picture while the language model is pretrained."""
+IMAGE_TOKEN = "<image>"
+IMAGE_TOKEN_ID = 50265
+"""Where Data-Juicer's captioning operator expects the image token, whatever the tokenizer says."""
 _VOCABULARY = 768
 _PIECES = Regex(r"\n|\d|[A-Za-z']+|[^\sA-Za-z\d]")
 _NUM_TEXTS = 4000
 
 
-def build_tokenizer(kind: Literal["language", "clip"]) -> PreTrainedTokenizerFast:
-    """Train the tokenizer; both kinds share the vocabulary.
+def build_tokenizer(kind: Literal["language", "clip", "captioner"]) -> PreTrainedTokenizerFast:
+    """Train the tokenizer; all kinds share the vocabulary.
 
     Args:
-        kind: `language` puts `<bos>` in front, as Gemma's does; `clip` adds `<eos>` at the end.
+        kind: `language` puts `<bos>` in front, as Gemma's does; `clip` adds `<eos>` at the end;
+            `captioner` is `language` with an image token far behind the words.
     """
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>", end_of_word_suffix="</w>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(_PIECES, "removed", invert=True)
@@ -47,17 +52,30 @@ def build_tokenizer(kind: Literal["language", "clip"]) -> PreTrainedTokenizerFas
         single=f"<bos> $A{end}",
         special_tokens=[(name, tokenizer.token_to_id(name)) for name in ("<bos>", "<eos>")],
     )
+    extra = ["<start_of_turn>", "<end_of_turn>", SLOT]
+    if kind == "captioner":
+        tokenizer = _with_image_token(tokenizer)
+        extra.append(IMAGE_TOKEN)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token="<pad>",
         eos_token="<eos>",
         bos_token="<bos>",
         unk_token="<unk>",
-        additional_special_tokens=["<start_of_turn>", "<end_of_turn>", SLOT],
+        additional_special_tokens=extra,
         padding_side="right",
         model_max_length=64 if kind == "clip" else 512,
         model_input_names=["input_ids", "attention_mask"],
     )
+
+
+def _with_image_token(tokenizer: Tokenizer) -> Tokenizer:
+    """Return the tokenizer with the image token at its id, which adding it would not give."""
+    content = json.loads(tokenizer.to_str())
+    content["model"]["vocab"][IMAGE_TOKEN] = IMAGE_TOKEN_ID
+    like = content["added_tokens"][0]
+    content["added_tokens"].append({**like, "id": IMAGE_TOKEN_ID, "content": IMAGE_TOKEN})
+    return Tokenizer.from_str(json.dumps(content))
 
 
 def _texts() -> list[str]:

@@ -1,4 +1,4 @@
-"""The one way Data-Juicer is imported: unable to install packages, and without a needless torch.
+"""The one way Data-Juicer is imported: unable to install packages or to take over the log.
 
 Data-Juicer installs an optional package the moment something asks for it, into the environment it
 runs in. Here that attempt is an `ImportError` naming the package. Call `guard()` before anything
@@ -12,11 +12,14 @@ from typing import Any, NoReturn
 
 
 def guard() -> None:
-    """Block installs, and free models only when torch was imported.
+    """Block installs, leave stderr alone, and free models only when torch was imported.
 
+    Data-Juicer sends stderr into a logger that writes files from a thread. When such a file cannot be
+    written, on a full disk, the thread reports that to stderr, so to itself, and the process hangs.
     Every operator's run ends with `free_models`, which imports torch to look for a GPU; recipes
     that only read text would wait several seconds for nothing.
     """
+    import data_juicer.config.config as config
     import data_juicer.utils.lazy_loader as lazy_loader
 
     def refuse(cls: type, package: str, /, *arguments: object, **options: object) -> NoReturn:
@@ -32,3 +35,4 @@ def guard() -> None:
             free_models(*arguments, **options)
 
     base_op.free_models = free_loaded_models
+    config.setup_logger = lambda *arguments, **options: None

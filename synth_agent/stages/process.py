@@ -140,7 +140,7 @@ def run_recipe(
     """
     progress.update(step=0, total=len(seed), unit="samples", label="starting Data-Juicer")
     guard()
-    from synth_agent.stages.operators import OperatorFailed, describe_rows, run_operator
+    from synth_agent.stages.running import OperatorFailed, describe_rows, run_operator
 
     with tempfile.TemporaryDirectory(dir=arguments.output, prefix=".work-") as folder:
         dataset, operators = _load(recipe, seed, arguments.images, Path(folder).resolve())
