@@ -189,7 +189,7 @@ def _propose(options: argparse.Namespace) -> int:
     from synth_agent.recipes import list_recipes
 
     workspace = _open(options)
-    history = pipeline.list_runs(workspace)
+    history = pipeline.list_runs(workspace, lambda error: headless.narrate(f"left out: {error}"))
     if options.recipe is None:
         proposal = BuiltinPlanner().propose(workspace, history, pipeline.list_rejections(workspace))
         if proposal is None:
@@ -253,10 +253,11 @@ def _watch(options: argparse.Namespace) -> int:
 
 def _resume(options: argparse.Namespace) -> int:
     from synth_agent import pipeline
+    from synth_agent.runs import now
 
-    workspace = _open(options)
+    workspace, started = _open(options), now()
     pipeline.resume(workspace, options.run)
-    return _wait(workspace, options.run) if options.wait else 0
+    return _wait(workspace, options.run, since=started) if options.wait else 0
 
 
 def _cancel(options: argparse.Namespace) -> int:
@@ -266,11 +267,11 @@ def _cancel(options: argparse.Namespace) -> int:
     return 0
 
 
-def _wait(workspace: Workspace, run_id: str) -> int:
+def _wait(workspace: Workspace, run_id: str, since: str = "") -> int:
     from synth_agent import headless
     from synth_agent.errors import EXIT_FAILED, EXIT_OK
 
-    run = headless.follow(workspace, run_id)
+    run = headless.follow(workspace, run_id, since=since)
     print(headless.run_text(run))
     return EXIT_OK if run.status == "succeeded" else EXIT_FAILED
 
@@ -279,7 +280,7 @@ def _runs(options: argparse.Namespace) -> int:
     from synth_agent import headless, pipeline
     from synth_agent.wording import benchmark_name
 
-    runs = pipeline.list_runs(_open(options))
+    runs = pipeline.list_runs(_open(options), lambda error: headless.narrate(f"left out: {error}"))
     if options.json:
         print(json.dumps([headless.run_data(run) for run in runs]))
         return 0

@@ -27,12 +27,18 @@ def narrate(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def follow(workspace: Workspace, run_id: str) -> Run:
-    """Print a run's events as they come until it ends, and return it as it then is."""
+def follow(workspace: Workspace, run_id: str, *, since: str = "") -> Run:
+    """Print a run's events as they come until it ends, and return it as it then is.
+
+    Args:
+        workspace: The workspace.
+        run_id: The run.
+        since: Time in ISO format; earlier events are not printed.
+    """
     last_line: dict[str, float] = {}
     for event in _events_until_end(workspace, run_id):
         line = describe(event)
-        if line is None:
+        if line is None or event.time < since:
             continue
         if event.kind == "progress":
             key = f"{event.fields['stage']}/{event.fields.get('label', '')}"

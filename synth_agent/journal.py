@@ -60,7 +60,7 @@ def commit(
     if trailers:
         body += "\n\n" + "\n".join(f"{key}: {value}" for key, value in trailers.items())
     entry = {"paths": names, "message": body}
-    with _one_writer(workspace):
+    with one_writer(workspace):
         _make_pending(workspace)
         earlier = pending(workspace)
         if earlier:
@@ -74,7 +74,7 @@ def commit(
 
 def catch_up(workspace: Workspace) -> list[CommitResult]:
     """Make the pending commits, oldest first, up to the first that git refuses again."""
-    with _one_writer(workspace):
+    with one_writer(workspace):
         return _make_pending(workspace)
 
 
@@ -168,8 +168,8 @@ def _refuse_unfinished(git: Git, workspace: Workspace) -> None:
 
 
 @contextmanager
-def _one_writer(workspace: Workspace) -> Iterator[None]:
-    """Let the app and the worker commit one after the other."""
+def one_writer(workspace: Workspace) -> Iterator[None]:
+    """Let the app, the worker and the command line number runs and commit one after the other."""
     workspace.artifacts.mkdir(parents=True, exist_ok=True)
     with (workspace.artifacts / "journal.lock").open("a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)

@@ -16,7 +16,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ import psutil
 import yaml
 
 from synth_agent import __version__, journal
+from synth_agent.data import atomic_file
 from synth_agent.digests import Digests
 from synth_agent.errors import Busy, Conflict, InvalidInput, SynthAgentError
 from synth_agent.referee import compare_scores
@@ -127,7 +128,9 @@ def approve(workspace: Workspace, proposal: Proposal, *, shown_sha256: str, appr
     paths.recipe.write_text(yaml.safe_dump(plain, sort_keys=False, allow_unicode=True), "utf-8")
     environment = json.dumps(_environment(workspace, proposal), indent=2) + "\n"
     paths.environment.write_text(environment, "utf-8")
-    paths.plan.write_text(dump_plan(plan), "utf-8")
+    # The plan makes the folder a run: it is there whole or not at all.
+    with atomic_file(paths.plan) as file:
+        file.write(dump_plan(plan))
     trailers = {"Run": run_id, "Parent": proposal.parent or "none"}
     journal.commit(workspace, [paths.root], f"run: {run_id} approved", trailers)
     return plan
@@ -233,6 +236,9 @@ def load_run(workspace: Workspace, run_id: str) -> Run:
     run = _fold(paths, plan)
     if run.status == "running" and live != run_id:
         run.status = "interrupted"
+        for stage in run.stages.values():
+            if stage.status == "running":
+                stage.status = "interrupted"
     elif run.finished is not None and live == run_id:
         # The worker still writes the summary and the commit.
         run.status = "running"
@@ -250,9 +256,27 @@ def _fold(paths: RunPaths, plan: Plan) -> Run:
     return fold(plan, parse_events(text.splitlines()))
 
 
-def list_runs(workspace: Workspace) -> list[Run]:
-    """Return the approved runs, oldest first."""
-    return [load_run(workspace, folder.name) for folder in _folders(workspace, "plan.yaml")]
+def list_runs(
+    workspace: Workspace, damaged: Callable[[SynthAgentError], None] | None = None
+) -> list[Run]:
+    """Return the approved runs, oldest first.
+
+    Args:
+        workspace: The workspace.
+        damaged: Called for each run that cannot be read, which is then left out.
+
+    Raises:
+        InvalidInput: If a run cannot be read and nobody asked to be told.
+    """
+    runs = []
+    for folder in _folders(workspace, "plan.yaml"):
+        try:
+            runs.append(load_run(workspace, folder.name))
+        except InvalidInput as error:
+            if damaged is None:
+                raise
+            damaged(error)
+    return runs
 
 
 def list_rejections(workspace: Workspace) -> list[Rejection]:
@@ -329,14 +353,11 @@ def _make_folder(workspace: Workspace, slug: str) -> str:
     if not re.fullmatch(r"[a-z0-9][a-z0-9-]*", slug):
         raise InvalidInput("Bad slug", repr(slug), "use lower case letters, digits and hyphens")
     workspace.runs.mkdir(exist_ok=True)
-    while True:
+    with journal.one_writer(workspace):
         taken = [int(p.name[:4]) for p in workspace.runs.iterdir() if p.name[:4].isdigit()]
         run_id = f"{max(taken, default=0) + 1:04d}-{slug}"
-        try:
-            (workspace.runs / run_id).mkdir()
-        except FileExistsError:
-            continue
-        return run_id
+        (workspace.runs / run_id).mkdir()
+    return run_id
 
 
 def _rejection_file(paths: RunPaths) -> Path:

@@ -117,7 +117,10 @@ class ProgressTail:
 
 
 def work(
-    workspace: Workspace, run_id: str, builders: Mapping[str, StageBuilder] = BUILDERS
+    workspace: Workspace,
+    run_id: str,
+    flag: CancelFlag,
+    builders: Mapping[str, StageBuilder] = BUILDERS,
 ) -> None:
     """Run a plan to a stated status. The caller holds the lock.
 
@@ -126,9 +129,6 @@ def work(
     """
     plan = load_plan(workspace.run(run_id).plan)
     before = load_run(workspace, run_id)
-    flag = CancelFlag()
-    signal.signal(signal.SIGTERM, flag.request)
-    signal.signal(signal.SIGINT, flag.request)
     events = EventLog(workspace.run(run_id).events)
     resumed = before.started is not None
     events.append(
@@ -192,7 +192,8 @@ def _disk_full(folder: Path, path: object = None) -> tuple[str, str, str]:
 def end_survivor(run: Run) -> None:
     """End a stage that outlived an earlier worker, so that two never write one folder."""
     for stage in run.stages.values():
-        if stage.status != "running" or stage.pid is None or stage.pid_started is None:
+        is_open = stage.status in ("running", "interrupted")
+        if not is_open or stage.pid is None or stage.pid_started is None:
             continue
         try:
             process = psutil.Process(stage.pid)
@@ -478,10 +479,14 @@ def main(
     parser.add_argument("run_id")
     parser.add_argument("--workspace", type=Path, default=Path())
     options = parser.parse_args(arguments)
+    # Who sees the lock may ask to stop: the signals are listened to before it is taken.
+    flag = CancelFlag()
+    signal.signal(signal.SIGTERM, flag.request)
+    signal.signal(signal.SIGINT, flag.request)
     try:
         workspace = open_workspace(options.workspace)
         with hold_lock(workspace, options.run_id):
-            work(workspace, options.run_id, builders)
+            work(workspace, options.run_id, flag, builders)
     except SynthAgentError as error:
         print(f"{error.title}: {error.message}\n{error.hint}", file=sys.stderr)
         return error.exit_code

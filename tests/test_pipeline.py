@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -141,3 +142,32 @@ def test_circular_group_is_one_question(tmp_path: Path) -> None:
     records = [{"key": str(q), "question_id": q, "group": g, "score": s} for q, g, s in rows]
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
     assert pipeline.question_scores(path) == {"1": 0.0, "2": 1.0}
+
+
+def test_simultaneous_approvals_take_different_numbers(filled: Workspace) -> None:
+    proposal = plan_of(filled, settings_of(filled), []).proposal
+    proposals = [replace(proposal, slug=slug) for slug in ("a", "b", "c", "d")]
+
+    def approve(wanted: Proposal) -> str:
+        plan = pipeline.approve(filled, wanted, shown_sha256=wanted.sha256, approver="a person")
+        return plan.run_id[:4]
+
+    with ThreadPoolExecutor(4) as pool:
+        numbers = sorted(pool.map(approve, proposals))
+    assert numbers == ["0001", "0002", "0003", "0004"]
+
+
+def test_a_damaged_run_does_not_hide_the_others(filled: Workspace) -> None:
+    proposal = plan_of(filled, settings_of(filled), []).proposal
+    for slug in ("good", "bad"):
+        wanted = replace(proposal, slug=slug)
+        pipeline.approve(filled, wanted, shown_sha256=wanted.sha256, approver="a person")
+    path = filled.run("0002-bad").plan
+    path.write_text(path.read_text()[:100])
+    problems: list[str] = []
+    runs = pipeline.list_runs(filled, lambda error: problems.append(str(error)))
+    assert [run.id for run in runs] == ["0001-good"]
+    assert len(problems) == 1
+    assert str(path) in problems[0]
+    with pytest.raises(InvalidInput, match="Not a plan"):
+        pipeline.list_runs(filled)

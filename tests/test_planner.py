@@ -83,3 +83,16 @@ def test_a_missing_baseline_is_explained(workspace: Workspace) -> None:
     (workspace.recipes / "baseline.yaml").unlink()
     with pytest.raises(InvalidInput, match="Baseline recipe is missing"):
         BuiltinPlanner().propose(workspace, (), ())
+
+
+def test_a_recipe_without_its_model_waits(workspace: Workspace) -> None:
+    text = RECIPES["strong"].replace(
+        "words_num_filter: {min_num: 5}", "image_text_matching_filter: {hf_blip: models/blip}"
+    )
+    (workspace.recipes / "strong.yaml").write_text(text)
+    baseline = BuiltinPlanner().propose(workspace, (), ())
+    assert baseline is not None
+    history = [finished(baseline, 1)]
+    proposal = BuiltinPlanner().propose(workspace, history, ())
+    assert proposal is not None
+    assert proposal.recipe["name"] == "weak"

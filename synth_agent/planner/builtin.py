@@ -1,7 +1,8 @@
 """The planner that needs no key and no network.
 
 Deterministic: the baseline first, then the workspace's recipes in order of the evidence that their
-headers state, leaving out what was tried with the same settings and what a person rejected.
+headers state, leaving out what was tried with the same settings, what a person rejected, and what lacks
+a model.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import Any
 
 from synth_agent.errors import InvalidInput, nearest
 from synth_agent.fit import estimate_cost
-from synth_agent.recipes import Recipe, list_recipes
+from synth_agent.recipes import Recipe, list_recipes, load_catalogue, validate_recipe
 from synth_agent.runs import Kind, Proposal, Rejection, Run
 from synth_agent.workspace import Workspace
 
@@ -59,8 +60,19 @@ class BuiltinPlanner:
         ]
         if not untried:
             return None
-        best = max(untried, key=_strength)
+        # When none can run, the strongest goes to the gate, which says what it lacks.
+        runnable = [recipe for recipe in untried if _can_run(workspace, recipe)]
+        best = max(runnable or untried, key=_strength)
         return _recipe_proposal(workspace, best, settings, baseline, history)
+
+
+def _can_run(workspace: Workspace, recipe: Recipe) -> bool:
+    """Tell whether a recipe is valid and the models it names are there."""
+    try:
+        validate_recipe(recipe, load_catalogue(), workspace)
+    except InvalidInput:
+        return False
+    return True
 
 
 def propose_recipe(workspace: Workspace, recipe: Recipe, history: Sequence[Run]) -> Proposal:

@@ -36,6 +36,8 @@ class Notebook:
     """Id of the run that a worker works on."""
     pending_commits: int = 0
     """Commits that git refused so far; they are made later."""
+    damaged: tuple[str, ...] = ()
+    """What is wrong with each run that cannot be read."""
 
     def run(self, run_id: str | None) -> Run | None:
         """Return a run by its id."""
@@ -121,15 +123,18 @@ class WorkspaceBackend:
         state = (live, refused, files)
         if known is not None and state == (known.live, known.pending_commits, self._known_files):
             return known
-        if known is None or files.keys() != self._known_files.keys():
-            runs = tuple(pipeline.list_runs(self._workspace))
+        damaged = known.damaged if known is not None else ()
+        if known is None or damaged or files.keys() != self._known_files.keys():
+            found: list[str] = []
+            runs = tuple(pipeline.list_runs(self._workspace, lambda e: found.append(str(e))))
+            damaged = tuple(found)
         else:
             changed = {name for name in files if files[name] != self._known_files[name]}
             changed |= {name for name in (live, known.live) if name is not None}
             runs = tuple(self.run(r.id) if r.id in changed else r for r in known.runs)
         rejections = tuple(pipeline.list_rejections(self._workspace))
         self._known_files = files
-        self._notebook = Notebook(runs, rejections, live, refused)
+        self._notebook = Notebook(runs, rejections, live, refused, damaged)
         return self._notebook
 
     def _files(self) -> dict[str, list[tuple[str, int, int]]]:
@@ -174,7 +179,7 @@ class WorkspaceBackend:
 
         return BuiltinPlanner().propose(
             self._workspace,
-            pipeline.list_runs(self._workspace),
+            pipeline.list_runs(self._workspace, lambda error: None),
             pipeline.list_rejections(self._workspace),
         )
 
@@ -206,7 +211,7 @@ class WorkspaceBackend:
         from synth_agent import pipeline
         from synth_agent.planner import propose_recipe
 
-        history = pipeline.list_runs(self._workspace)
+        history = pipeline.list_runs(self._workspace, lambda error: None)
         return propose_recipe(self._workspace, recipe, history)
 
     def recipe_text(self, proposal: Proposal) -> str:

@@ -64,7 +64,7 @@ class HomeScreen(NotebookScreen):
             ("#last-events", "Last events"),
         ):
             self.query_one(name).border_title = title
-        goal = goal_content(self.backend.goal, 0)
+        goal = goal_content(self.backend.goal, Notebook((), (), None))
         self.query_one("#goal", Drawing).show(lambda width, height: goal)
 
     def show_notebook(self, notebook: Notebook) -> None:
@@ -73,7 +73,7 @@ class HomeScreen(NotebookScreen):
             self._planned_for = decided
             self._plan_again()
         self._show_next(notebook)
-        goal = goal_content(self.backend.goal, notebook.pending_commits)
+        goal = goal_content(self.backend.goal, notebook)
         self.query_one("#goal", Drawing).show(lambda width, height: goal)
         self.query_one("#scores", Drawing).show(
             lambda width, height: scores_content(notebook, self.backend.baseline, width)

@@ -17,13 +17,14 @@ from synth_agent.wording import benchmark_name
 _RECENT = 6
 
 
-def goal_content(goal: str, pending_commits: int) -> Content:
-    """Return the goal, and a warning while git refuses to commit."""
+def goal_content(goal: str, notebook: Notebook) -> Content:
+    """Return the goal, and warnings: commits that git refuses, runs that cannot be read."""
     line = Content.assemble(("Goal  ", "$foreground-muted"), (clean(goal), "bold"))
-    if not pending_commits:
-        return line
-    words = f"! git refused {pending_commits} commit(s) of the log; they are made later."
-    return Content("\n").join([line, Content.styled(words, "$warning")])
+    warnings = [f"! left out: {clean(problem)}" for problem in notebook.damaged]
+    if notebook.pending_commits:
+        refused = f"! git refused {notebook.pending_commits} commit(s) of the log"
+        warnings.append(f"{refused}; they are made later.")
+    return Content("\n").join([line, *(Content.styled(words, "$warning") for words in warnings)])
 
 
 def finished_runs(notebook: Notebook) -> list[Run]:

@@ -92,7 +92,7 @@ def numbers_line(stage: StageState) -> Content:
 
 def current_stage(run: Run) -> str:
     """Return the stage to look at: the running or failed one, else the last that did anything."""
-    for status in ("running", "failed", "cancelled"):
+    for status in ("running", "interrupted", "failed", "cancelled"):
         for name in STAGES:
             if run.stages[name].status == status:
                 return name
