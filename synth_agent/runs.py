@@ -25,7 +25,9 @@ Kind = Literal["baseline", "explore", "exploit", "replicate", "ablate"]
 RunStatus = Literal[
     "approved", "running", "interrupted", "succeeded", "failed", "cancelled", "rejected"
 ]
-StageStatus = Literal["waiting", "running", "interrupted", "succeeded", "reused", "failed", "cancelled"]
+StageStatus = Literal[
+    "waiting", "running", "interrupted", "succeeded", "reused", "failed", "cancelled"
+]
 Verdict = Literal["baseline", "better", "worse", "inside noise", "mixed", "failed"]
 
 
