@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import threading
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -50,7 +51,7 @@ class Digests:
         if not self._changed:
             return
         self._file.parent.mkdir(parents=True, exist_ok=True)
-        partial = self._file.with_name(f"{self._file.name}.{os.getpid()}")
+        partial = self._file.with_name(f"{self._file.name}.{os.getpid()}.{threading.get_ident()}")
         partial.write_text(json.dumps(self._known), encoding="utf-8")
         partial.replace(self._file)
         self._changed = False

@@ -172,7 +172,7 @@ def test_a_person_may_allow_a_refused_operator(tmp_path: Path) -> None:
         ("process:\n- {a: {}, b: {}}\n", "operator 1"),
         ("# published: textvqa=much\nprocess: []\n", "published"),
         ("# published: textvqa=1.0\nprocess: []\n", "give all of"),
-        ("# keeps: 3\nprocess: []\n", "keeps"),
+        ("# keeps: -3\nprocess: []\n", "keeps"),
         ("process: !!python/object/apply:os.getcwd []\n", "YAML"),
     ],
 )
