@@ -37,7 +37,37 @@ def run_program(
         progress_file: Says where the settings want progress written.
         work: Does the work.
     """
-    signal.signal(signal.SIGTERM, _terminate)
+    stop = _Stop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, stop)
+    try:
+        return _run(read_settings, progress_file, work)
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+    except (Exception, SystemExit):
+        # Native code that calls Python, as the readers of weights do, can put an error of its own
+        # in the place of the one that the signal raised.
+        if stop.number is None:
+            raise
+        return EXIT_TERMINATED if stop.number == signal.SIGTERM else EXIT_INTERRUPTED
+
+
+class _Stop:
+    """Ends the program at a signal, and remembers which."""
+
+    def __init__(self) -> None:
+        self.number: int | None = None
+
+    def __call__(self, number: int, frame: FrameType | None) -> NoReturn:
+        self.number = number
+        raise SystemExit(EXIT_TERMINATED if number == signal.SIGTERM else EXIT_INTERRUPTED)
+
+
+def _run(
+    read_settings: Callable[[], Settings],
+    progress_file: Callable[[Settings], Path | None],
+    work: Callable[[Settings, Progress], None],
+) -> int:
     try:
         settings = read_settings()
         with Progress(progress_file(settings)) as progress:
@@ -51,15 +81,9 @@ def run_program(
         if error.hint:
             print(error.hint, file=sys.stderr)
         return EXIT_INPUT
-    except KeyboardInterrupt:
-        return EXIT_INTERRUPTED
     except OSError as error:
         if error.errno != errno.ENOSPC:
             raise
         print(f"No space left on device: {error.filename or 'output'}", file=sys.stderr)
         return EXIT_FAILED
     return 0
-
-
-def _terminate(number: int, frame: FrameType | None) -> NoReturn:
-    raise SystemExit(EXIT_TERMINATED)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -98,3 +99,21 @@ def test_exit_codes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert recorded == {"title": "Title", "message": "file, field", "hint": "do this"}
     with pytest.raises(RuntimeError):
         run(RuntimeError())
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_decides_the_exit_code_whatever_native_code_makes_of_it(
+    number: signal.Signals, code: int
+) -> None:
+    def work(settings: Example, progress: Progress) -> None:
+        try:
+            signal.raise_signal(number)
+        except SystemExit as stopped:
+            raise ValueError("what a reader of weights says instead") from stopped
+
+    handlers = {each: signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        assert run_program(lambda: Example("x"), lambda settings: None, work) == code
+    finally:
+        for each, handler in handlers.items():
+            signal.signal(each, handler)
