@@ -15,6 +15,17 @@ from typing import Any
 SUPPORTED_VERSION = "1.6.1"
 CATALOGUE_FILE = Path(__file__).parent / f"operators-{SUPPORTED_VERSION}.json"
 
+NEEDS = ("text", "images", "audio", "video", "model", "gpu", "service", "network")
+COSTS: Mapping[str, str] = {
+    "text": "reads text: thousands of samples a second",
+    "picture": "opens pictures: hundreds to thousands of samples a second",
+    "model": "runs a model: a few to hundreds of samples a second",
+    "generation": "generates text or pictures: seconds a sample without a GPU",
+    "media": "decodes sound or video",
+    "service": "waits for a service, which may charge for it",
+}
+"""What a sample costs, cheapest first. Rates are orders of magnitude on one CPU core."""
+
 
 @dataclass(frozen=True)
 class Parameter:
@@ -46,6 +57,16 @@ class OperatorSpec:
     """Its own parameters; those of its kind are in `Catalogue.base`."""
     danger: str = ""
     """Why it is refused unless a person allows it by name; empty when it is not."""
+    needs: tuple[str, ...] = ()
+    """Of NEEDS: what a sample must have and what the operator uses."""
+    packages: tuple[str, ...] = ()
+    """Packages that it may import and Data-Juicer does not require."""
+    cost: str = "text"
+    """One of COSTS: what a sample costs."""
+    is_threshold: bool = False
+    """Whether it keeps samples by comparing scores with bounds, so that scores decide it alone."""
+    source: str = "data-juicer"
+    """`data-juicer`, or `synth-agent` for an operator of this program."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +95,11 @@ def load_catalogue() -> Catalogue:
             summary=entry["summary"],
             parameters=_parameters(entry["parameters"]),
             danger=entry.get("danger", ""),
+            needs=tuple(entry["needs"]),
+            packages=tuple(entry["packages"]),
+            cost=entry["cost"],
+            is_threshold=entry["is_threshold"],
+            source=entry["source"],
         )
         for entry in document["operators"]
     }

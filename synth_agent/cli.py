@@ -27,6 +27,11 @@ examples:
   synth-agent approve 3f9c1a         approve a shown proposal by its sha256 and run it
   synth-agent watch                  follow the live run; Ctrl-C leaves it running
   synth-agent compare 0001-baseline 0002-similarity
+  synth-agent analyze                score every sample once
+  synth-agent retention similarity   how many samples the recipe would keep, in an instant
+  synth-agent samples similarity 1   what its first operator keeps and drops
+  synth-agent check-data             missing and unreadable pictures of the seed set
+  synth-agent convert seed.parquet seed.json --original stage_1.json
 """
 
 Command = Callable[[argparse.Namespace], int]
@@ -73,6 +78,10 @@ def build_parser() -> argparse.ArgumentParser:
     _add_gate(commands)
     _add_runs(commands)
     _add_reading(commands)
+    _add_data(commands)
+    _add_strategies(commands)
+    _add_formats(commands)
+    _add_operators(commands)
     return parser
 
 
@@ -131,6 +140,142 @@ def _add_reading(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     config = commands.add_parser("config", help="show every setting and where it comes from")
     config.add_argument("--json", action="store_true")
     config.set_defaults(command=_config)
+
+
+def _add_strategies(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    strategies = commands.add_parser("strategies", help="compare recipes on data quality alone")
+    strategies.add_argument(
+        "recipes", nargs="*", metavar="RECIPE", help="names or files (default: all recipes)"
+    )
+    strategies.add_argument(
+        "--run", action="store_true", help="process and score what was not processed yet"
+    )
+    strategies.add_argument("--json", action="store_true")
+    strategies.set_defaults(command=_strategies)
+
+
+def _add_data(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    analyze = commands.add_parser(
+        "analyze", help="score every sample once, so that recipes are judged without running them"
+    )
+    analyze.add_argument(
+        "--operator", action="append", metavar="NAME", help="only these filters (default: all)"
+    )
+    analyze.add_argument(
+        "--retry-failed", action="store_true", help="score once more what could not be scored"
+    )
+    analyze.add_argument("--json", action="store_true")
+    statistics = commands.add_parser("statistics", help="show the scores of the seed set")
+    other = statistics.add_mutually_exclusive_group()
+    other.add_argument(
+        "--correlation", action="store_true", help="rank correlation of every two statistics"
+    )
+    other.add_argument(
+        "--drift", metavar="RECIPE", help="what the recipe keeps against the whole seed set"
+    )
+    statistics.add_argument("--json", action="store_true")
+    contamination = commands.add_parser(
+        "contamination", help="what training data shares with the evaluation sets"
+    )
+    contamination.add_argument(
+        "data", nargs="?", metavar="RUN|RECIPE", help="default: the whole seed set"
+    )
+    contamination.add_argument("--json", action="store_true")
+    retention = commands.add_parser("retention", help="how many samples a recipe would keep")
+    retention.add_argument("recipe", help="recipe name, or a file")
+    retention.add_argument("--json", action="store_true")
+    samples = commands.add_parser("samples", help="what an operator of a recipe keeps and drops")
+    samples.add_argument("recipe", help="recipe name, or a file")
+    samples.add_argument("operator", nargs="?", type=int, default=1, help="its number (default: 1)")
+    samples.add_argument("-n", "--count", type=int, default=5, help="samples of each kind")
+    samples.add_argument("--seed", type=int, default=0, help="of the drawing")
+    samples.add_argument("--json", action="store_true")
+    for parser in (analyze, statistics, contamination, retention, samples):
+        parser.set_defaults(command=_data, name=parser.prog.split()[-1])
+
+
+def _add_formats(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    convert = commands.add_parser(
+        "convert", help="JSONL or Parquet samples to LLaVA's JSON, or the other way"
+    )
+    convert.add_argument("source", type=Path, metavar="IN", help="its content tells its format")
+    convert.add_argument(
+        "target", type=Path, metavar="OUT", help="*.json (LLaVA), *.jsonl or *.parquet"
+    )
+    convert.add_argument(
+        "--original", type=Path, help="LLaVA file with the questions of captions, by id"
+    )
+    convert.add_argument(
+        "--captions", action="store_true", help="make captions: answers without their questions"
+    )
+    convert.add_argument(
+        "--marker",
+        choices=("<__dj__image>", "<image>"),
+        default="<__dj__image>",
+        help="image marker of the samples made (default: %(default)s)",
+    )
+    convert.add_argument(
+        "--images", type=Path, metavar="DIR", help="make absolute paths relative to this folder"
+    )
+    convert.add_argument("--keep-ids", action="store_true", help="leave numeric ids as they are")
+    convert.set_defaults(command=_convert)
+    check = commands.add_parser(
+        "check-data", help="list bad records, and pictures that are missing or unreadable"
+    )
+    check.add_argument("data", nargs="?", type=Path, help="file or folder (default: the seed set)")
+    check.add_argument("--images", type=Path, metavar="DIR", help="folder of the pictures")
+    check.add_argument("--original", type=Path, help="LLaVA file with the questions")
+    check.set_defaults(command=_check_data)
+    for parser in (convert, check):
+        parser.add_argument("--json", action="store_true")
+
+
+def _add_operators(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    operators = commands.add_parser(
+        "operators", help="list the operators that recipes may use, or show one"
+    )
+    operators.add_argument("operator", nargs="?", metavar="NAME")
+    operators.add_argument("--all", action="store_true", help="also those that are refused")
+    operators.add_argument("--json", action="store_true")
+    operators.set_defaults(command=_operators)
+
+
+def _operators(options: argparse.Namespace) -> int:
+    from synth_agent import operator_commands
+
+    return operator_commands.operators(_open(options), options)
+
+
+def _convert(options: argparse.Namespace) -> int:
+    from synth_agent import format_commands
+
+    return format_commands.convert_file(options)
+
+
+def _check_data(options: argparse.Namespace) -> int:
+    from synth_agent import format_commands
+
+    return format_commands.check(options)
+
+
+def _strategies(options: argparse.Namespace) -> int:
+    from synth_agent.strategy_command import strategies
+
+    return strategies(_open(options), options)
+
+
+def _data(options: argparse.Namespace) -> int:
+    from synth_agent import data_commands
+
+    workspace = _open(options)
+    command = {
+        "analyze": data_commands.analyze,
+        "statistics": data_commands.statistics,
+        "contamination": data_commands.contamination,
+        "retention": data_commands.retention,
+        "samples": data_commands.samples,
+    }[options.name]
+    return command(workspace, options)
 
 
 def _show_error(error: Exception, *, as_json: bool) -> None:

@@ -1,4 +1,4 @@
-"""Data sets as files: the competition's JSONL, LLaVA's JSON, and the way from one to the other.
+"""Data sets as files: the competition's JSONL (or Parquet), LLaVA's JSON, and the way between them.
 
 Owns reading with validation, checking pictures and image markers, conversion in both directions,
 mapping Data-Juicer's exported paths back, and atomic writing. Plain Python, one line at a time, so
@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import IO, Any, Literal
 
 from synth_agent.errors import InvalidInput
+from synth_agent.parquet import count_rows, is_parquet, iter_parquet
 
 PLAIN_IMAGE_MARKER = "<image>"
 DJ_IMAGE_MARKER = "<__dj__image>"
@@ -60,16 +61,30 @@ class UnusableImage:
     line: int
     id: str | int
     image: str
-    reason: Literal["missing", "empty", "not a file"]
+    reason: str
+    """`missing`, `empty`, `not a file`, or why it cannot be decoded."""
 
 
 def iter_samples(path: Path) -> Iterator[Sample]:
-    """Yield the samples of a competition JSONL file; blank lines are skipped.
+    """Yield the samples of a competition JSONL or Parquet file; blank lines are skipped.
 
     Raises:
         InvalidInput: naming the line and the field that is wrong.
     """
-    for number, record in iter_records(path):
+    yield from samples_of(iter_records(path), path)
+
+
+def samples_of(records: Iterable[tuple[int, Record]], path: Path) -> Iterator[Sample]:
+    """Yield numbered records as samples.
+
+    Args:
+        records: Line numbers and records.
+        path: Where they come from, for error messages.
+
+    Raises:
+        InvalidInput: naming the line and the field that is wrong.
+    """
+    for number, record in records:
         where = f"{path}, line {number}"
         yield Sample(
             id=_sample_id(record, where),
@@ -108,16 +123,38 @@ def read_samples(path: Path, *, unique_ids: bool = False) -> list[Sample]:
 
 
 def iter_records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield (line number, JSON object) of a JSONL file; blank lines are skipped.
+    """Yield (line number, record) of a JSONL or Parquet file; blank lines are skipped.
+
+    A file whose name ends in .parquet is Parquet, and its lines are its rows, from 1.
 
     Raises:
         InvalidInput: unreadable file, or a line that is not a JSON object in UTF-8.
     """
+    if is_parquet(path):
+        yield from iter_parquet(path)
+        return
     try:
         with path.open("rb") as file:
             for number, line in enumerate(file, start=1):
                 if line.strip():
                     yield number, _parse_line(line, f"{path}, line {number}")
+    except OSError as error:
+        raise InvalidInput(
+            "Cannot read file", f"{path}: {error.strerror}", "Check the path."
+        ) from error
+
+
+def count_records(path: Path) -> int:
+    """Return the number of records of a JSONL or Parquet file.
+
+    Raises:
+        InvalidInput: the file cannot be read.
+    """
+    if is_parquet(path):
+        return count_rows(path)
+    try:
+        with path.open("rb") as lines:
+            return sum(1 for line in lines if line.strip())
     except OSError as error:
         raise InvalidInput(
             "Cannot read file", f"{path}: {error.strerror}", "Check the path."
@@ -141,7 +178,7 @@ def read_llava(path: Path) -> list[dict[str, Any]]:
     if not isinstance(records, list):
         raise InvalidInput("Not a list", f"{path} is not a JSON array", "Give a JSON array.")
     for position, record in enumerate(records):
-        _check_llava_record(record, f"{path}, record {position}")
+        check_llava_record(record, f"{path}, record {position}")
     return records
 
 
@@ -368,7 +405,7 @@ def relative_samples(
         paths = row.get("images") or ()
         yield Sample(
             id=_sample_id(row, where),
-            images=tuple(_relative(path, seed[row_id].images, root, where) for path in paths),
+            images=tuple(relative_image(path, seed[row_id].images, root, where) for path in paths),
             text=_text(row, "text", where, may_be_empty=True),
             line=number,
         )
@@ -488,7 +525,12 @@ def _image_paths(record: Record, where: str) -> tuple[str, ...]:
     return tuple(check_image_path(image, f"{where}, field images") for image in images)
 
 
-def _check_llava_record(record: object, where: str) -> None:
+def check_llava_record(record: object, where: str) -> None:
+    """Check one record of a LLaVA file.
+
+    Raises:
+        InvalidInput: naming the place and the field that is wrong.
+    """
     if not isinstance(record, dict):
         raise InvalidInput("Not an object", f"{where} is not a JSON object", "Fix the record.")
     _sample_id(record, where)
@@ -585,7 +627,18 @@ def _as_text(exchange: tuple[Record, Record], token: str, only_caption: bool) ->
     )
 
 
-def _relative(path: object, seed_images: Sequence[str], root: Path, where: str) -> str:
+def relative_image(path: object, seed_images: Sequence[str], root: Path, where: str) -> str:
+    """Return a picture's path relative to the image folder.
+
+    Args:
+        path: As Data-Juicer wrote it.
+        seed_images: Paths of the seed sample; the one that `path` ends in is returned.
+        root: Image folder; `path` may be relative to it.
+        where: For error messages.
+
+    Raises:
+        InvalidInput: The picture is outside the image folder.
+    """
     if not isinstance(path, str) or not path:
         raise InvalidInput("Bad image path", f"{where}, field images: {path!r}", "Give a path.")
     for image in seed_images:

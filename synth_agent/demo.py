@@ -74,9 +74,14 @@ def _write_settings(root: Path) -> None:
     world = resources.files("synth_agent.miniworld")
     recipes = root / "recipes"
     recipes.mkdir(exist_ok=True)
-    for recipe in sorted(world.joinpath("recipes").iterdir(), key=lambda entry: entry.name):
-        if recipe.name.endswith(".yaml"):
-            (recipes / recipe.name).write_text(recipe.read_text(encoding="utf-8"), "utf-8")
+    for source, target in (
+        (world.joinpath("recipes"), recipes),
+        (world.joinpath("recipes", "by-permission"), recipes / "by-permission"),
+    ):
+        target.mkdir(exist_ok=True)
+        for recipe in sorted(source.iterdir(), key=lambda entry: entry.name):
+            if recipe.name.endswith(".yaml"):
+                (target / recipe.name).write_text(recipe.read_text(encoding="utf-8"), "utf-8")
     (root / ".gitignore").write_text(_IGNORED, "utf-8")
     (root / "README.md").write_text(_README, "utf-8")
     settings = world.joinpath("synth.yaml").read_text(encoding="utf-8")
@@ -138,7 +143,7 @@ def _init_repository(root: Path, report: Report) -> None:
                 ["git", "-C", str(root), "config", f"user.{key}", value], check=True, timeout=60
             )
     paths = [root / SETTINGS_NAME, root / ".gitignore", root / "README.md"]
-    paths += sorted((root / "recipes").glob("*.yaml"))
+    paths += sorted((root / "recipes").rglob("*.yaml"))
     journal.commit(open_workspace(root), paths, "Start a demo workspace with the mini world")
 
 

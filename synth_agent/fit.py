@@ -8,11 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from synth_agent.recipes import Recipe
+from synth_agent.data import count_records
+from synth_agent.data_keys import KEYS_NAME
+from synth_agent.effective import Effective, Ladder, Training, capped, effective, is_deduplicator
+from synth_agent.recipes import Recipe, steps_of
 from synth_agent.runs import STAGES, Cost, Run
 from synth_agent.workspace import Workspace
+
+if TYPE_CHECKING:
+    from synth_agent.plan_retention import PlanRetention
 
 MINI_WORLD_SECONDS = {"process": 10.0, "pretrain": 55.0, "finetune": 20.0, "evaluate": 16.0}
 """Seconds of each stage of the demo on two 2.x GHz cores; see `benchmarks/results/`."""
@@ -21,16 +27,13 @@ MINI_WORLD_SECONDS = {"process": 10.0, "pretrain": 55.0, "finetune": 20.0, "eval
 def count_samples(workspace: Workspace) -> int:
     """Return the number of records of the seed set; 0 when the file is missing."""
     path = workspace.path(workspace.settings.data.seed)
-    if not path.is_file():
-        return 0
-    with path.open("rb") as lines:
-        return sum(1 for line in lines if line.strip())
+    return count_records(path) if path.is_file() else 0
 
 
 def estimate_cost(
     workspace: Workspace, recipe: Recipe, settings: Mapping[str, Any], history: Sequence[Run]
 ) -> Cost:
-    """Return the expected samples and seconds of a run.
+    """Return the expected samples, at most as many as the cap, and the seconds of a run.
 
     Args:
         workspace: Where the seed set is.
@@ -39,25 +42,92 @@ def estimate_cost(
         history: Runs of this workspace, for their measured sample counts and stage times.
     """
     seed_samples = count_samples(workspace)
-    samples, samples_basis = _expected_samples(recipe, seed_samples, history)
+    samples, samples_basis = _expected_samples(workspace, recipe, seed_samples, history)
+    if samples is not None:
+        samples = min(samples, int(settings["data"]["sample_cap"]))
     seconds, seconds_basis = _expected_seconds(settings, history)
     return Cost(seed_samples, samples, seconds, f"samples: {samples_basis}; time: {seconds_basis}")
 
 
+def expected_effective(
+    workspace: Workspace, recipe: Recipe, settings: Mapping[str, Any]
+) -> Effective | None:
+    """Return what the first training stage would make of a recipe's samples.
+
+    Args:
+        workspace: Where the seed set and its statistics are.
+        recipe: What would process it, linear or a data plan.
+        settings: The settings that the stages would use.
+
+    Returns:
+        The effective set; None when the statistics do not tell it, or when no sample is left.
+    """
+    rows: Sequence[int]
+    if (counted := _plan_retention(workspace, recipe)) is not None:
+        ladder = _ladder(counted)
+        rows = [] if counted.rows is None else counted.rows.tolist()
+    elif recipe.data_plan is None and not recipe.operators:
+        rows = range(count_samples(workspace))
+        ladder = Ladder(len(rows), len(rows), len(rows), len(rows))
+    else:
+        return None
+    if ladder is None or not rows:
+        return None
+    data = settings["data"]
+    left = capped(rows, int(data["sample_cap"]), int(data["sample_cap_seed"]))
+    return effective(ladder, left, Training.of(settings["pretrain"]))
+
+
 def _expected_samples(
-    recipe: Recipe, seed_samples: int, history: Sequence[Run]
+    workspace: Workspace, recipe: Recipe, seed_samples: int, history: Sequence[Run]
 ) -> tuple[int | None, str]:
+    """Return the samples before the cap, and where that comes from."""
+    steps = steps_of(recipe.mapping())
     for run in reversed(history):
-        kept = run.stages["process"].result.get("kept")
-        if kept is not None and run.plan.proposal.recipe.get("process") == recipe.mapping().get(
-            "process"
+        result = run.stages["process"].result
+        if (
+            "kept" in result
+            and result.get("seed_samples", seed_samples) == seed_samples
+            and steps_of(run.plan.proposal.recipe) == steps
         ):
-            return int(kept), f"measured in run {run.id}"
-    if not recipe.operators:
+            return int(result.get("before_cap", result["kept"])), f"measured in run {run.id}"
+    if recipe.data_plan is None and not recipe.operators:
         return seed_samples, "the recipe has no operator"
+    counted = _plan_retention(workspace, recipe)
+    if counted is not None and counted.samples is not None:
+        return counted.samples, "counted from the seed set's statistics"
     if recipe.keeps is not None:
         return round(recipe.keeps * seed_samples), "the recipe's own note on what it keeps"
     return None, "not known before the recipe has run"
+
+
+def _plan_retention(workspace: Workspace, recipe: Recipe) -> PlanRetention | None:
+    """Return what the recipe makes by the statistics table, None where there is no table."""
+    if not (workspace.artifacts / "statistics" / KEYS_NAME).exists():
+        return None  # and what reads the table need not be loaded
+    from synth_agent import analysis
+    from synth_agent.digests import Digests
+    from synth_agent.plan_retention import plan_retention
+
+    digests = Digests(workspace)
+    table = analysis.open_table(workspace, digests)
+    if table is None:
+        return None
+    return plan_retention(recipe, table, lambda path: digests.path(workspace.path(path)))
+
+
+def _ladder(counted: PlanRetention) -> Ladder | None:
+    """Return the counts before the cap, None while one of them is not known."""
+    left = [branch.left for branch in counted.branches if branch.left is not None]
+    if counted.samples is None or len(left) < len(counted.branches):
+        return None
+    dropped = sum(
+        (operator.before or 0) - (operator.after or 0)
+        for branch in counted.branches
+        for operator in branch.retention.operators
+        if is_deduplicator(operator.name)
+    )
+    return Ladder(counted.num_rows, sum(left) + dropped, sum(left), counted.samples)
 
 
 def _expected_seconds(

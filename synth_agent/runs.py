@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
@@ -20,7 +20,14 @@ import yaml
 
 from synth_agent.errors import InvalidInput
 
+try:
+    from yaml import CSafeLoader as SafeLoader
+except ImportError:
+    from yaml import SafeLoader  # type: ignore[assignment]
+
 STAGES = ("process", "pretrain", "finetune", "evaluate")
+GPU_STAGES = frozenset(STAGES[1:])
+"""Stages whose time counts against a limit in GPU-hours."""
 Kind = Literal["baseline", "explore", "exploit", "replicate", "ablate"]
 RunStatus = Literal[
     "approved", "running", "interrupted", "succeeded", "failed", "cancelled", "rejected"
@@ -60,6 +67,42 @@ class Cost:
 
 
 @dataclass(frozen=True)
+class Prediction:
+    """What somebody expects of one benchmark: this run minus its parent, in percentage points."""
+
+    benchmark: str
+    expected: float
+    low: float
+    """Ends of the interval that holds the difference with a probability of 80 %."""
+    high: float
+    by: str
+    """Whose prediction: the name of a planner or of a model."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """The part of a proposal that may run. What is not limited runs whole."""
+
+    data_only: bool = False
+    """Process the data and stop before training."""
+    samples: int | None = None
+    """Train on at most so many of the processed samples, drawn by the settings' cap seed."""
+    gpu_hours: float | None = None
+    """Stop the run, as cancelled, when training and evaluation have taken so many hours."""
+
+    def words(self) -> str:
+        """Return the limits in words, empty when there are none."""
+        parts = []
+        if self.data_only:
+            parts.append("data only, no training")
+        if self.samples is not None:
+            parts.append(f"at most {self.samples:,} samples")
+        if self.gpu_hours is not None:
+            parts.append(f"at most {self.gpu_hours:g} GPU-hours")
+        return ", ".join(parts)
+
+
+@dataclass(frozen=True)
 class Proposal:
     """An experiment that somebody suggests. Data only: it cannot be run.
 
@@ -80,15 +123,34 @@ class Proposal:
     settings: Mapping[str, Any]
     cost: Cost
     proposed_by: str
+    hypothesis: str = ""
+    """What would have to be true for it to help."""
+    predictions: tuple[Prediction, ...] = ()
+    """Of whoever proposes and of the built-in model, benchmark by benchmark."""
+    refuted_by: str = ""
+    """The outcome that would show the hypothesis to be wrong."""
+    alternatives: tuple[str, ...] = ()
+    """sha256 of the proposals that were shown beside it: the choice is evidence too."""
+    limits: Limits = Limits()
 
     def content(self) -> dict[str, Any]:
-        """Return everything as plain data."""
-        return asdict(self)
+        """Return everything as plain data; what nobody said is left out.
+
+        A field with a default can therefore be added without a change of older proposals' digests.
+        """
+        content = asdict(self)
+        for name, default in _OPTIONAL.items():
+            if getattr(self, name) == default:
+                del content[name]
+        return content
 
     @property
     def sha256(self) -> str:
         """Digest of everything shown to the approver."""
         return digest(self.content())
+
+
+_OPTIONAL = {f.name: f.default for f in fields(Proposal) if f.default is not MISSING}
 
 
 @dataclass(frozen=True)
@@ -101,6 +163,11 @@ class Plan:
     approved_at: str
     sha256: str
     """Digest of the proposal as approved; launching refuses a plan that no longer matches it."""
+    inputs: Mapping[str, str] = field(default_factory=dict)
+    """Digests of all that the run reads, by name, as they were at approval; see `gate`."""
+
+
+_UNSEALED = {f.name for f in fields(Plan)} - {"inputs"}
 
 
 @dataclass(frozen=True)
@@ -351,9 +418,36 @@ def fold(plan: Plan, events: Iterable[Event]) -> Run:
     return run
 
 
+def gpu_seconds(events: Iterable[Event]) -> float:
+    """Return the wall time of training and evaluation, in seconds, summed over resumes.
+
+    A stage whose worker died counts up to the last event that the worker wrote.
+    """
+    total, opened = 0.0, None
+    last: datetime | None = None
+    for event in events:
+        time = datetime.fromisoformat(event.time)
+        if event.kind == "stage_started" and event.fields["stage"] in GPU_STAGES:
+            opened = opened or time
+        elif event.kind in ("stage_finished", "run_started") and opened is not None:
+            end = time if event.kind == "stage_finished" else last or time
+            total += max(0.0, (end - opened).total_seconds())
+            opened = None
+        last = time
+    if opened is not None and last is not None:
+        total += max(0.0, (last - opened).total_seconds())
+    return total
+
+
 def dump_plan(plan: Plan) -> str:
-    """Return a plan as YAML."""
-    return yaml.safe_dump(_plain(asdict(plan)), sort_keys=False, allow_unicode=True, width=100)
+    """Return a plan as YAML whose last line is the sha256 of the lines before it."""
+    body: str = yaml.safe_dump(
+        _plain(asdict(plan) | {"proposal": plan.proposal.content()}),
+        sort_keys=False,
+        allow_unicode=True,
+        width=100,
+    )
+    return body + _seal(body.encode())
 
 
 def dump_proposal(proposal: Proposal) -> str:
@@ -370,19 +464,28 @@ def load_plan(path: Path) -> Plan:
         InvalidInput: If the file is missing, is no plan, or was changed after approval.
     """
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = path.read_bytes()
+        raw = yaml.load(content, Loader=SafeLoader)
         proposal = proposal_from(raw["proposal"])
-        known = {f.name for f in fields(Plan)} - {"proposal"}
-        plan = Plan(proposal=proposal, **{name: raw[name] for name in known})
-    except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
+        known = {f.name: raw[f.name] for f in fields(Plan) if f.name != "inputs"}
+        inputs = dict(raw.get("inputs", {}))
+        plan = Plan(**{**known, "proposal": proposal, "inputs": inputs})
+    except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError) as error:
         raise InvalidInput("Not a plan", f"{path}: {error}", "restore it from git") from error
-    if plan.proposal.sha256 != plan.sha256:
+    body, mark, _ = content.rpartition(b"\nseal: ")
+    # Plans that are older than seals carry no inputs either, so they cannot be launched.
+    is_sealed = bool(mark) and content == body + b"\n" + _seal(body + b"\n").encode()
+    if plan.proposal.sha256 != plan.sha256 or not (is_sealed or set(raw) == _UNSEALED):
         raise InvalidInput(
             "Plan changed after approval",
             f"{path}: its content no longer has the sha256 that was approved",
             "restore it from git, or propose the change and approve it",
         )
     return plan
+
+
+def _seal(body: bytes) -> str:
+    return f"seal: {hashlib.sha256(body).hexdigest()}\n"
 
 
 def proposal_from(raw: Mapping[str, Any]) -> Proposal:
@@ -394,6 +497,10 @@ def proposal_from(raw: Mapping[str, Any]) -> Proposal:
     values = dict(raw)
     values["evidence"] = tuple(values["evidence"])
     values["cost"] = Cost(**values["cost"])
+    predictions = values.get("predictions", ())
+    values["predictions"] = tuple(Prediction(**prediction) for prediction in predictions)
+    values["alternatives"] = tuple(values.get("alternatives", ()))
+    values["limits"] = Limits(**values.get("limits", {}))
     return Proposal(**values)
 
 

@@ -12,10 +12,11 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib import metadata
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from synth_agent.digests import Digests
+from synth_agent.recipes import steps_of
 from synth_agent.runs import Plan, digest
 from synth_agent.workspace import Workspace
 
@@ -85,7 +86,8 @@ StageBuilder = Callable[[Context], Stage]
 def code_version(digests: Digests, stage: str) -> str:
     """Return the digest of the code that a stage runs."""
     if stage == "process":
-        files = [*sorted((_PACKAGE / "stages").rglob("*.py")), _PACKAGE / "data.py"]
+        shared = [_PACKAGE / name for name in ("data.py", "data_plans.py", "recipes.py")]
+        files = [*sorted((_PACKAGE / "stages").rglob("*.py")), *shared]
         return digest([digests.files(_PACKAGE, files), metadata.version("py-data-juicer")])
     folder = _PACKAGE.parent / "mgm"
     return digests.files(folder, sorted(folder.rglob("*.py")))
@@ -99,7 +101,7 @@ def build_process(context: Context) -> Stage:
         name: context.digests.path(workspace.path(data[name])) for name in ("seed", "original")
     }
     inputs["images"] = context.digests.path(workspace.path(data["images"]))
-    for named in sorted(_named_paths(recipe.get("process"), workspace)):
+    for named in sorted(_named_paths(steps_of(recipe), workspace)):
         inputs[f"recipe: {named}"] = context.digests.path(workspace.path(named))
     cap = {name: data[name] for name in ("sample_cap", "sample_cap_seed")}
     key = digest(["process", code_version(context.digests, "process"), recipe, cap, inputs])
@@ -111,11 +113,19 @@ def build_process(context: Context) -> Stage:
         "original": workspace.path(data["original"]),
         "cap": data["sample_cap"],
         "cap-seed": data["sample_cap_seed"],
+        # Not part of the key: scores that are known are those that the stage would compute.
+        "statistics": workspace.artifacts / "statistics",
         "output": output.with_name(output.name + ".partial"),
         "progress": context.progress("process"),
     }
+    compute = context.settings["compute"]
+    if compute.get("executor", "default") == "ray":
+        # Not part of the key: a cluster makes the samples that one machine makes.
+        options |= {"executor": "ray", "ray-address": compute["ray_address"]}
     flags = [text for name, value in options.items() for text in (f"--{name}", str(value))]
-    command = (sys.executable, "-m", "synth_agent.stages.process", *flags)
+    is_warm = compute.get("warm_worker", True) and "executor" not in options
+    module = "synth_agent.stages.warm" if is_warm else "synth_agent.stages.process"
+    command = (sys.executable, "-m", module, *flags)
     required = ("processed.jsonl", "processed.json", "result.json")
     return Stage("process", key, (command,), output, required, "result.json")
 
@@ -123,14 +133,14 @@ def build_process(context: Context) -> Stage:
 def build_pretrain(context: Context) -> Stage:
     """Train the projector and the mining on the processed data."""
     processed = context.outputs["process"]
+    seed_images = context.workspace.path(context.settings["data"]["images"])
     own_images = processed / "images"
-    images = (
-        own_images
-        if own_images.is_dir()
-        else context.workspace.path(context.settings["data"]["images"])
-    )
-    extra = {"data": processed / "processed.json", "images": images}
-    return _training(context, "pretrain", extra, ("mm_projector.bin", "train_state.json"))
+    extra, linked = {"data": processed / "processed.json", "images": seed_images}, {}
+    if own_images.is_dir():
+        # Its links lead to the seed's pictures, which a digest of the folder does not follow.
+        extra["images"], linked = own_images, {"seed_images": seed_images}
+    required = ("mm_projector.bin", "train_state.json")
+    return _training(context, "pretrain", extra, required, linked)
 
 
 def build_finetune(context: Context) -> Stage:
@@ -198,12 +208,16 @@ BUILDERS: Mapping[str, StageBuilder] = {
 
 
 def _training(
-    context: Context, stage: str, extra: Mapping[str, Path], required: tuple[str, ...]
+    context: Context,
+    stage: str,
+    extra: Mapping[str, Path],
+    required: tuple[str, ...],
+    linked: Mapping[str, Path] | None = None,
 ) -> Stage:
     settings = dict(context.settings[stage])
     model, seed = _model(context), context.settings["seed"]
     relevant = {name: value for name, value in settings.items() if name not in _ASIDE}
-    inputs = _content(context, {**model, **extra})
+    inputs = _content(context, {**model, **extra, **(linked or {})})
     name = context.settings["model"]["name"]
     key = digest([stage, code_version(context.digests, stage), relevant, seed, name, inputs])
     output = context.output(stage, key)
@@ -233,7 +247,9 @@ def _program(module: str, config: Path, context: Context, stage: str) -> tuple[s
 def _named_paths(value: object, workspace: Workspace) -> set[str]:
     """Return the texts of a recipe that name an existing file or folder, such as a model."""
     if isinstance(value, str):
-        return {value} if "/" in value and workspace.path(value).exists() else set()
+        # What operators write under artifacts/ comes out of a run and does not go into it.
+        is_input = "/" in value and not PurePosixPath(value).is_relative_to("artifacts")
+        return {value} if is_input and workspace.path(value).exists() else set()
     if isinstance(value, Mapping):
         value = list(value.values())
     if isinstance(value, (list, tuple)):

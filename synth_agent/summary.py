@@ -1,13 +1,16 @@
 """The pages that people read: `summary.md` of a run and the index `runs/README.md`.
 
-Both are written from the event log alone and can be made again at any time.
+Both are written from the event log, the summary's contamination from the run's processed data too, and
+can be made again at any time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+from synth_agent.errors import SynthAgentError
 from synth_agent.runs import Run
 from synth_agent.wording import BENCHMARK_NAMES, SEED_CAVEAT, benchmark_name
 from synth_agent.workspace import Workspace
@@ -20,6 +23,8 @@ def write_summary(workspace: Workspace, run: Run) -> Path:
     result = run.stages["process"].result
     if "kept" in result:
         lines += ["", f"Samples: {result['kept']:,} of {result['seed_samples']:,}."]
+        lines += _operator_lines(result.get("operators", ()))
+        lines += _contamination_lines(workspace, run)
     if run.message and not run.error:
         lines += ["", run.message]
     if run.error:
@@ -43,6 +48,46 @@ def write_summary(workspace: Workspace, run: Run) -> Path:
     path = workspace.run(run.id).summary
     path.write_text("\n".join(lines) + "\n", "utf-8")
     return path
+
+
+def _operator_lines(operators: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return a table of what each operator was given and left."""
+    if not operators:
+        return []
+    has_branches = any("branch" in operator for operator in operators)
+    header = ["operator", "samples before", "after", "dropped", "seconds"]
+    header = ["branch", *header] if has_branches else header
+    lines = ["", f"| {' | '.join(header)} |", f"|{' --- |' * len(header)}"]
+    for operator in operators:
+        before, after = operator["before"], operator["after"]
+        cells = [
+            operator["name"],
+            f"{before:,}",
+            f"{after:,}",
+            f"{max(0, before - after):,}",
+            f"{operator['seconds']:.1f}",
+        ]
+        cells = [operator.get("branch", ""), *cells] if has_branches else cells
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def _contamination_lines(workspace: Workspace, run: Run) -> list[str]:
+    """Return what the processed data shares with each evaluation set, or why it is not known."""
+    # Arrow and DuckDB are loaded by no run that failed before its first stage ended.
+    from synth_agent.analysis import open_table
+    from synth_agent.contamination_report import MOST_UNKNOWN_PICTURES, run_overlaps
+    from synth_agent.digests import Digests
+
+    digests = Digests(workspace)
+    try:
+        table = open_table(workspace, digests)
+        found = run_overlaps(workspace, run, table, digests, most_unknown=MOST_UNKNOWN_PICTURES)
+    except SynthAgentError as error:
+        return ["", f"Contamination: not computed. {error.title}: {error.message}"]
+    finally:
+        digests.save()
+    return ["", "Contamination:", "", *(f"- {overlap.line()}" for overlap in found)]
 
 
 def write_index(workspace: Workspace, runs: Sequence[Run]) -> Path:

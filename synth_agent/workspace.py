@@ -114,6 +114,12 @@ class ComputeSettings(_Section):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: int = Field(0, ge=0)
     """CPU threads of a stage; 0 means as many as there are cores."""
+    executor: Literal["default", "ray"] = "default"
+    """Where Data-Juicer's operators run: on this machine, or on a Ray cluster that is there already."""
+    ray_address: str = ""
+    """The cluster: HOST:PORT, ray://HOST:PORT, or auto on one of its machines."""
+    warm_worker: bool = True
+    """Keep Data-Juicer loaded for the next recipe: some 600 MB until idle for a quarter of an hour."""
 
 
 class PlannerSettings(_Section):

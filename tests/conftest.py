@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import socket
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 from synth_agent.workspace import Workspace, open_workspace
@@ -22,6 +24,17 @@ def refuse_network(monkeypatch: pytest.MonkeyPatch) -> None:
         connect(self, address)  # type: ignore[arg-type]
 
     monkeypatch.setattr(socket.socket, "connect", local_only)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def end_warm_workers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """End the warm Data-Juicers of the workspaces that a file's tests made."""
+    yield
+    base = str(tmp_path_factory.getbasetemp())
+    for process in psutil.process_iter(["cmdline", "cwd"]):
+        is_worker = "synth_agent.stages.warm_worker" in (process.info["cmdline"] or ())
+        if is_worker and str(process.info["cwd"]).startswith(base):
+            process.kill()
 
 
 @pytest.fixture

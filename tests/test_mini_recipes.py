@@ -4,11 +4,15 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from synth_agent.demo import prepare_demo
+from synth_agent.effective import read_training_list
 from synth_agent.miniworld import write_world
 from synth_agent.stages import process
 
@@ -61,6 +65,8 @@ def test_recipe_runs(demo: Path, name: str) -> None:
     result = json.loads((output / "result.json").read_text())
     records = json.loads((output / "processed.json").read_text())
     assert len(records) == result["kept"] > 0
+    if "branches" in result:
+        _check_plan(output, result, len(records))
     if name == "recaption":
         assert result["kept"] == NUM_SAMPLES
         captions = [record["conversations"][1]["value"] for record in records]
@@ -68,3 +74,17 @@ def test_recipe_runs(demo: Path, name: str) -> None:
         assert not any("http" in caption or "www" in caption for caption in captions)
     elif name == "recaption-similarity":
         assert result["operators"][0]["after"] == 2 * NUM_SAMPLES
+
+
+def _check_plan(output: Path, result: Mapping[str, Any], samples: int) -> None:
+    """Every branch adds something, is a file of its own, and the counts agree."""
+    shares = result["branches"]
+    assert all(share["samples"] == share["taken"] * share["repeat"] > 0 for share in shares)
+    assert sum(share["samples"] for share in shares) == result["merged"]
+    assert result["merged"] - result["repetitions"] == result["before_cap"] == samples
+    names = {f"branch-{n}-{share['name']}.yaml" for n, share in enumerate(shares, 1)}
+    assert {path.name for path in output.glob("branch-*.yaml")} == names
+    listed = read_training_list(output, output.parents[1] / "data" / "seed" / "seed.jsonl")
+    assert len(listed.rows) == samples
+    most = max(share["repeat"] for share in shares)
+    assert max(Counter(listed.samples).values()) >= most

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from synth_agent.recipes import (
     list_recipes,
     load_recipe,
     materialise,
+    operators_with_places,
     recipe_from_mapping,
     validate_recipe,
 )
@@ -37,7 +39,7 @@ def _workspace(root: Path, *recipes: Path, **settings: Any) -> Workspace:
     (root / "recipes").mkdir(exist_ok=True)
     for recipe in recipes:
         (root / "recipes" / recipe.name).write_bytes(recipe.read_bytes())
-        for operator in load_recipe(recipe).operators:
+        for _, operator in operators_with_places(load_recipe(recipe)):
             for name, value in operator.parameters.items():
                 if name.startswith("hf_"):
                     (root / value).mkdir(parents=True, exist_ok=True)
@@ -49,13 +51,18 @@ def _recipe(name: str, /, **parameters: Any) -> Recipe:
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: f"{path.parent.parent.name}-{path.stem}")
-def test_shipped_recipe_is_valid_complete_and_canonical(path: Path, tmp_path: Path) -> None:
+def test_shipped_recipe_is_valid_complete_and_canonical(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Whether an optional package is installed here says nothing of the recipe.
+    monkeypatch.setattr("synth_agent.recipe_order.missing_packages", lambda *_: ())
     recipe = load_recipe(path)
     assert recipe.title != recipe.name
     assert recipe.reason
     validate_recipe(recipe, load_catalogue(), _workspace(tmp_path, path))
     assert materialise(recipe, load_catalogue()) == recipe
-    assert all(operator.parameters["num_proc"] == 0 for operator in recipe.operators)
+    steps = operators_with_places(recipe)
+    assert all(operator.parameters["num_proc"] == 0 for _, operator in steps)
     assert dump_recipe(recipe) == path.read_text(encoding="utf-8")
     assert recipe.options == {
         "dataset_path": "data/seed/seed.jsonl",
@@ -157,6 +164,16 @@ def test_errors_may_not_be_skipped_by_default(tmp_path: Path) -> None:
         validate_recipe(recipe, load_catalogue(), _workspace(tmp_path))
 
 
+def test_a_missing_package_is_named_with_its_branch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("synth_agent.recipe_order.missing_packages", lambda *_: ("wordcount",))
+    branches = [{"name": "a", "process": []}, {"name": "b", "process": [{"words_num_filter": {}}]}]
+    recipe = recipe_from_mapping("mine", {**OPTIONS, "branches": branches})
+    with pytest.raises(InvalidInput, match=r"branch 2 \(b\), operator 1 .* needs wordcount"):
+        validate_recipe(recipe, load_catalogue(), _workspace(tmp_path))
+
+
 def test_a_person_may_allow_a_refused_operator(tmp_path: Path) -> None:
     workspace = _workspace(tmp_path, allow_operators=("python_lambda_mapper",))
     validate_recipe(_recipe("python_lambda_mapper", lambda_str="x"), load_catalogue(), workspace)
@@ -209,7 +226,9 @@ def test_catalogue_has_every_operator_and_loads_fast() -> None:
     started = time.perf_counter()
     catalogue = load_catalogue()
     assert time.perf_counter() - started < 0.5
-    assert len(catalogue.operators) == 228
+    sources = Counter(operator.source for operator in catalogue.operators.values())
+    assert sources["data-juicer"] == 228
+    assert set(sources) == {"data-juicer", "synth-agent"}
     similarity = catalogue.parameters("image_text_similarity_filter")
     assert similarity["min_score"].default == 0.1
     assert similarity["reduce_mode"].choices == ("avg", "max", "min")

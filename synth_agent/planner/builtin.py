@@ -13,7 +13,13 @@ from typing import Any
 
 from synth_agent.errors import InvalidInput, nearest
 from synth_agent.fit import estimate_cost
-from synth_agent.recipes import Recipe, list_recipes, load_catalogue, validate_recipe
+from synth_agent.recipes import (
+    Recipe,
+    list_recipes,
+    load_catalogue,
+    steps_of,
+    validate_recipe,
+)
 from synth_agent.runs import Kind, Proposal, Rejection, Run
 from synth_agent.workspace import Workspace
 
@@ -186,7 +192,7 @@ def _was_rejected(
 
 def _is_same(proposal: Proposal, recipe: Recipe, settings: Mapping[str, Any]) -> bool:
     """Tell whether a proposal is this recipe under these settings; the machine does not count."""
-    if proposal.recipe.get("process") != recipe.mapping().get("process"):
+    if steps_of(proposal.recipe) != steps_of(recipe.mapping()):
         return False
     compared = [section for section in SETTINGS_OF_A_RUN if section != "compute"]
     return all(proposal.settings.get(section) == settings.get(section) for section in compared)

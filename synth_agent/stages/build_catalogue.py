@@ -11,19 +11,27 @@ from __future__ import annotations
 import inspect
 import json
 import re
+import sys
 import types
 import typing
-from collections.abc import Mapping
-from importlib.metadata import version
+from collections.abc import Mapping, Sequence
+from importlib.metadata import requires, version
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-from synth_agent.catalogue import CATALOGUE_FILE, SUPPORTED_VERSION
+from synth_agent.catalogue import CATALOGUE_FILE, NEEDS, SUPPORTED_VERSION
 from synth_agent.data import atomic_file
+from synth_agent.recipe_policy import PACKAGES
 from synth_agent.stages.datajuicer import guard
 
 KINDS = ("Mapper", "Filter", "Deduplicator", "Selector", "Grouper", "Aggregator", "Pipeline")
 
+BATCHED = (
+    "image_text_similarity_filter",
+    "image_text_matching_filter",
+    "image_aesthetics_filter",
+    "image_captioning_mapper",
+)
 CHOICES: dict[str, tuple[str, ...]] = {
     "any_or_all": ("any", "all"),
     "reduce_mode": ("avg", "max", "min"),
@@ -38,6 +46,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
         "sentencepiece",
     ),
     "document_simhash_deduplicator.tokenization": ("space", "punctuation", "character"),
+    **{f"batched_{name}.dtype": ("float32", "bfloat16") for name in BATCHED},
 }
 """Values that a parameter takes, by name or by operator and name."""
 
@@ -45,7 +54,11 @@ SHARES = re.compile(r"^(min|max|select|top)_(ratio|score)$|^(prob|jaccard)_thres
 COUNTS = re.compile(r"^(min|max)_(num|len|width|height|ppl|action_num|dependency_num)$")
 UNBOUNDED_RATIOS = ("image_aspect_ratio_filter", "video_aspect_ratio_filter")
 UNBOUNDED_SCORES = ("video_motion_score", "video_ocr", "optical_flow", "audio_")
-COSINES = ("image_text_similarity_filter", "image_pair_similarity_filter")
+COSINES = (
+    "image_text_similarity_filter",
+    "batched_image_text_similarity_filter",
+    "image_pair_similarity_filter",
+)
 
 CODE = "runs code that the recipe brings"
 SHELL = "starts other programs or installs packages"
@@ -53,6 +66,7 @@ PICKLE = "loads pickled weights, which can run code"
 NETWORK = "reads from or writes to the network"
 CLONE = "clones a repository and downloads weights"
 SERVICE = "sends samples to a service on the network"
+LANGUAGE_MODEL = "starts a language model with settings that the recipe brings"
 DOWNLOAD = "downloads word lists or a model"
 PICTURES = "writes new pictures into the seed's image folder, which later runs would see"
 
@@ -106,7 +120,28 @@ DANGER_PATTERNS: tuple[tuple[re.Pattern[str], str], ...] = (
     (re.compile(r"^video_(human_tracks|hand_|trajectory|camera|action_).*"), PICKLE),
     (re.compile(r".*annotation.*"), SERVICE),
 )
-SERVICE_PARAMETERS = ("api_model", "api_or_hf_model", "api_endpoint", "model_params")
+SERVICE_PARAMETERS = ("api_model", "api_or_hf_model", "api_endpoint")
+
+FIELDS: dict[str, str] = {
+    "text": r"self\.text_key\b",
+    "images": r"self\.image_key\b",
+    "audio": r"self\.audio_key\b",
+    "video": r"self\.video_key\b",
+}
+"""What an operator's code says where it reads a field of samples."""
+MODEL_CODE = re.compile(r"\b(prepare_model|get_model)\(")
+GENERATING = re.compile(
+    r"hf_(model|img2seq|diffusion)$|enable_vllm$|hf_(video|audio)_.*model$|api_or_hf_model$"
+)
+"""Parameters of operators that generate text or pictures."""
+SCORING = ("query_", "instruction_following_", "llm_perplexity_")
+"""First words of operators that take such a model and only score with it."""
+BOUNDS = re.compile(r"(min|max)_\w+|\w*threshold|\w+_thr")
+ALWAYS_THERE = frozenset(
+    {"torch", "torchvision", "transformers", "ray", "numpy", "pillow", "pyarrow", "data-juicer"}
+)
+"""Packages that this program requires itself."""
+OWN_MODULE = "synth_agent.stages."
 
 
 def main() -> None:
@@ -118,6 +153,10 @@ def main() -> None:
     guard()
     import data_juicer.ops  # noqa: F401  registers every operator
     from data_juicer.ops.base_op import OPERATORS
+
+    import synth_agent.stages.endpoint_operators
+    import synth_agent.stages.forget_measurements
+    import synth_agent.stages.operators  # noqa: F401  registers the program's own
 
     installed = version("py-data-juicer")
     if installed != SUPPORTED_VERSION:
@@ -142,21 +181,112 @@ def _kind(cls: type) -> str:
 
 
 def _operator(name: str, kind: str, cls: Any) -> dict[str, Any]:
-    parameters = [
-        _parameter(name, parameter)
-        for parameter in inspect.signature(cls.__init__).parameters.values()
-        if parameter.name != "self"
-        and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
-    ]
+    parameters = [_parameter(name, parameter) for parameter in _signature(cls)]
     names = {parameter["name"] for parameter in parameters}
+    needs = _needs(cls, names)
     described = {
         "name": name,
         "kind": kind,
         "summary": _first_paragraph(cls.__doc__ or ""),
         "parameters": parameters,
+        "needs": needs,
+        "packages": _packages(name, cls),
+        "cost": _cost(name, kind, needs, names),
+        "is_threshold": kind == "filter" and any(BOUNDS.fullmatch(own) for own in names),
+        "source": "synth-agent" if cls.__module__.startswith(OWN_MODULE) else "data-juicer",
     }
     danger = _danger(name, names)
     return {**described, "danger": danger} if danger else described
+
+
+def _signature(cls: Any) -> list[inspect.Parameter]:
+    """Return an operator's parameters; the program's own also take those of the stock operator."""
+    found: dict[str, inspect.Parameter] = {}
+    owners = cls.__mro__ if cls.__module__.startswith(OWN_MODULE) else (cls,)
+    for owner in owners:
+        if owner.__name__ in KINDS:
+            break
+        if owner is not cls and "__init__" not in vars(owner):
+            continue
+        for parameter in inspect.signature(owner.__init__).parameters.values():
+            if parameter.name != "self" and parameter.kind not in (
+                parameter.VAR_POSITIONAL,
+                parameter.VAR_KEYWORD,
+            ):
+                found.setdefault(parameter.name, parameter)
+    return list(found.values())
+
+
+def _modules(cls: Any) -> list[types.ModuleType]:
+    """Return the modules in which an operator is written, the bases of all operators left out."""
+    names = [
+        owner.__module__
+        for owner in cls.__mro__
+        if owner.__module__.startswith(("data_juicer.ops.", OWN_MODULE))
+        and owner.__module__ != "data_juicer.ops.base_op"
+    ]
+    return [sys.modules[name] for name in dict.fromkeys(names)]
+
+
+def _needs(cls: Any, parameters: set[str]) -> list[str]:
+    code = "\n".join(
+        inspect.getsource(owner)
+        for owner in cls.__mro__
+        if sys.modules.get(owner.__module__) in _modules(cls)
+    )
+    needs = {field for field, pattern in FIELDS.items() if re.search(pattern, code)}
+    names_model = any(name.startswith("hf_") for name in parameters)
+    # Several operators load a tokenizer only if a parameter that recipes leave alone asks for it.
+    if names_model or (MODEL_CODE.search(code) and not parameters & {"tokenization", "tokenizer"}):
+        needs.add("model")
+    if cls._accelerator == "cuda":
+        needs.add("gpu")
+    if parameters.intersection(SERVICE_PARAMETERS):
+        needs.add("service")
+        if not parameters & {"is_hf_model", "is_api_model", "enable_vllm"}:
+            needs.discard("model")
+    if DANGERS.get(cls._name) in (NETWORK, CLONE, DOWNLOAD):
+        needs.add("network")
+    return [need for need in NEEDS if need in needs]
+
+
+def _packages(name: str, cls: Any) -> list[str]:
+    from data_juicer.utils.lazy_loader import LazyLoader
+
+    required = {
+        _normal(re.split(r"[^\w.-]", line)[0])
+        for line in requires("py-data-juicer") or ()
+        if "extra ==" not in line
+    }
+    found = {package for _, package in PACKAGES.get(name, ())}
+    for module in _modules(cls):
+        for value in vars(module).values():
+            # The loader's own attribute access would import the package.
+            if type(value) is LazyLoader:
+                package = object.__getattribute__(value, "_package_name")
+                if not isinstance(package, str) or package.startswith("git+"):
+                    package = object.__getattribute__(value, "_module_name").split(".")[0]
+                found.add(_normal(re.split(r"[@\[ ]", package)[0]))
+    renamed = {"cv2": "opencv-contrib-python", "opencv-python": "opencv-contrib-python"}
+    found = {renamed.get(package, package) for package in found}
+    return sorted(found - required - ALWAYS_THERE)
+
+
+def _normal(package: str) -> str:
+    return re.sub(r"[-_.]+", "-", package).lower()
+
+
+def _cost(name: str, kind: str, needs: Sequence[str], parameters: set[str]) -> str:
+    if "service" in needs:
+        return "service"
+    if {"video", "audio"} & set(needs):
+        return "media"
+    is_generating = any(GENERATING.fullmatch(parameter) for parameter in parameters)
+    if is_generating and kind != "filter" and not name.startswith(SCORING):
+        return "generation"
+    if "model" in needs or "gpu" in needs:
+        return "model"
+    return "picture" if "images" in needs else "text"
 
 
 def _danger(name: str, parameters: set[str]) -> str:
@@ -164,6 +294,8 @@ def _danger(name: str, parameters: set[str]) -> str:
         return DANGERS[name]
     if parameters.intersection(SERVICE_PARAMETERS):
         return SERVICE
+    if "model_params" in parameters:
+        return LANGUAGE_MODEL
     for pattern, reason in DANGER_PATTERNS:
         if pattern.match(name):
             return reason

@@ -7,10 +7,13 @@ else imports `data_juicer`.
 
 from __future__ import annotations
 
+import functools
 import sys
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 
+@functools.cache
 def guard() -> None:
     """Block installs, leave stderr alone, and free models only when torch was imported.
 
@@ -20,6 +23,7 @@ def guard() -> None:
     that only read text would wait several seconds for nothing.
     """
     import data_juicer.config.config as config
+    import data_juicer.format.formatter as formatter
     import data_juicer.utils.lazy_loader as lazy_loader
 
     def refuse(cls: type, package: str, /, *arguments: object, **options: object) -> NoReturn:
@@ -35,4 +39,17 @@ def guard() -> None:
             free_models(*arguments, **options)
 
     base_op.free_models = free_loaded_models
+    formatter.unify_format = functools.partial(_unify_here, formatter.unify_format)
     config.setup_logger = lambda *arguments, **options: None
+
+
+def _unify_here(
+    unify: Callable[..., Any],
+    dataset: Any,
+    *arguments: Any,
+    num_proc: int | None = 1,
+    **options: Any,
+) -> Any:
+    """Check a data set that was read, without a pool of processes when one process is to do it."""
+    in_pool = num_proc if num_proc and num_proc > 1 else None
+    return unify(dataset, *arguments, num_proc=in_pool, **options)

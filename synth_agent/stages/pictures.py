@@ -7,15 +7,13 @@ answer is to drop the batch.
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from PIL import Image
-
 from synth_agent.data import Sample
 from synth_agent.errors import InvalidInput
+from synth_agent.pictures import why_unreadable
 
 _NAMED = 5
 
@@ -37,7 +35,7 @@ def check_pictures(
     reasons: dict[str, str] = {}
     report(0, len(pictures))
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
-        checked = pool.map(lambda image: _why_unreadable(root / image), pictures)
+        checked = pool.map(lambda image: why_unreadable(root / image), pictures)
         for count, (image, reason) in enumerate(zip(pictures, checked, strict=True), 1):
             if reason:
                 reasons[image] = reason
@@ -56,18 +54,3 @@ def _unusable(samples: Sequence[Sample], root: Path, reasons: dict[str, str]) ->
         f"{'; '.join(named)}{rest}",
         "restore the files, or take these records out of the seed set",
     )
-
-
-def _why_unreadable(path: Path) -> str:
-    """Return why a picture cannot be decoded, or an empty text."""
-    try:
-        with warnings.catch_warnings(), Image.open(path) as image:
-            warnings.simplefilter("ignore")
-            # A JPEG's data is read to its end at any scale, and an eighth is the fastest.
-            image.draft("RGB", (1, 1))
-            image.load()
-    except FileNotFoundError:
-        return "missing"
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        return f"unreadable, {type(error).__name__}"
-    return ""

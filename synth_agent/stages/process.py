@@ -2,16 +2,18 @@
 
 Run it from the workspace root:
 `python -m synth_agent.stages.process --recipe FILE --seed FILE.jsonl --images DIR
---original stage_1.json --cap N --cap-seed S --output DIR --progress FILE`.
+--original stage_1.json --cap N --cap-seed S --statistics DIR --output DIR --progress FILE`.
 
 Owns the files of a processed dataset: `processed.jsonl` (competition format), `processed.json`
-(LLaVA, for training), `rows.json` (which seed rows are left and where the others went) and
+(LLaVA, for training), `rows.json` (which seed rows are left and where the others went),
+`branch-N-NAME.yaml` (each branch of a data plan as a recipe that `dj-process` runs) and
 `result.json`, written last. Exit codes: 0 done, 1 failed, 2 bad input, 130 and 143 interrupted.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import hashlib
 import json
 import os
@@ -19,19 +21,17 @@ import random
 import signal
 import sys
 import tempfile
-import time
 import traceback
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
-
-import yaml
+from typing import TYPE_CHECKING, Any
 
 from synth_agent.data import (
     ROW_ID_FIELD,
     Sample,
     atomic_file,
+    count_records,
     read_llava,
     read_samples,
     relative_samples,
@@ -39,34 +39,37 @@ from synth_agent.data import (
     write_llava,
     write_samples,
 )
+from synth_agent.data_plans import DataPlan, Operator
 from synth_agent.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK, SynthAgentError
 from synth_agent.recipe_checks import check_models, check_options
-from synth_agent.recipes import Recipe, load_recipe
+from synth_agent.recipes import Recipe, dump_recipe, load_recipe, operators_with_places
+from synth_agent.stages.assemble import assemble, in_order, measure
+from synth_agent.stages.branch import Outcome, run_branch, seed_records
 from synth_agent.stages.datajuicer import guard
+from synth_agent.stages.large import open_pool, process_large
+from synth_agent.stages.made_pictures import adopt_pictures
 from synth_agent.stages.pictures import check_pictures
 from synth_agent.stages.progress import StageProgress
+from synth_agent.stages.streaming import stream_branch, why_not_in_chunks
+from synth_agent.workspace import open_workspace
+
+if TYPE_CHECKING:
+    from synth_agent.stages.known_scores import KnownScores
 
 EXIT_TERMINATED = 143
 
 
 @dataclass(frozen=True)
-class OperatorCount:
-    """What one operator did: samples before and after, and wall time."""
+class Processed:
+    """What a recipe made, and how."""
 
-    name: str
-    before: int
-    after: int
-    seconds: float
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What the recipe left, and where the seed rows that are gone went."""
-
-    rows: list[dict[str, Any]]
-    counts: tuple[OperatorCount, ...]
-    dropped: dict[str, list[int]]
-    """Rows that an operator dropped, under `position. name`."""
+    rows: Sequence[Mapping[str, Any]]
+    """The samples that are left, at most as many as the cap, in their order."""
+    before_cap: Sequence[Mapping[str, Any]]
+    outcomes: tuple[Outcome, ...]
+    """Per branch; one for a linear recipe."""
+    assembly: Mapping[str, Any] = field(default_factory=dict)
+    """What `result.json` says of a data plan besides; empty for a linear recipe."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -75,6 +78,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, _terminate)
     # Read when torch is imported. Threads that wait for each other cost small models half the time.
     os.environ["OMP_NUM_THREADS"] = str(arguments.threads)
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_num_threads(arguments.threads)
     with StageProgress(arguments.progress) as progress:
         try:
             process(arguments, progress)
@@ -101,9 +106,11 @@ def process(arguments: argparse.Namespace, progress: StageProgress) -> None:
     """
     recipe = load_recipe(arguments.recipe)
     check_options(str(arguments.recipe), recipe.options)
-    for position, operator in enumerate(recipe.operators, 1):
-        where = f"{arguments.recipe}, operator {position} ({operator.name})"
+    for where, operator in operators_with_places(recipe):
         check_models(where, operator.parameters, Path.cwd())
+    if recipe.data_plan is None and _is_in_chunks(recipe, arguments):
+        process_large(recipe, arguments, progress)
+        return
     seed = read_samples(arguments.seed, unique_ids=True)
     original = read_llava(arguments.original)
     # A record that training could not use is found before the recipe runs, not after.
@@ -117,131 +124,227 @@ def process(arguments: argparse.Namespace, progress: StageProgress) -> None:
         ),
     )
     arguments.output.mkdir(parents=True, exist_ok=True)
-    outcome = run_recipe(recipe, seed, arguments, progress)
-    samples = list(relative_samples(outcome.rows, seed, arguments.images))
-    if not samples:
-        emptied = next((c.name for c in outcome.counts if c.after == 0), "the recipe")
-        raise SynthAgentError(
-            "No sample is left", f"{emptied} dropped the last one", "loosen the recipe's thresholds"
-        )
-    if len(samples) > arguments.cap:
-        positions = random.Random(arguments.cap_seed).sample(range(len(samples)), arguments.cap)
-        samples = [samples[position] for position in positions]
-    _write_outputs(arguments.output, samples, original, seed, outcome)
+    processed = run_recipe(recipe, seed, arguments, progress)
+    _write_outputs(arguments, recipe, processed, seed, original)
+
+
+def _is_in_chunks(recipe: Recipe, arguments: argparse.Namespace) -> bool:
+    """Tell whether the recipe runs chunk by chunk: on a cluster, or with more samples than `large`."""
+    if arguments.executor == "ray":
+        return True
+    if why_not_in_chunks(recipe) is not None or not arguments.seed.is_file():
+        return False
+    return count_records(arguments.seed) > int(arguments.large)
 
 
 def run_recipe(
     recipe: Recipe, seed: Sequence[Sample], arguments: argparse.Namespace, progress: StageProgress
-) -> Outcome:
-    """Drive the recipe's operators one by one, in this process.
+) -> Processed:
+    """Drive the recipe's branches one after the other, in this process, and put them together.
 
     Raises:
-        SynthAgentError: an operator failed, or samples were lost without its decision.
+        SynthAgentError: an operator failed, samples were lost without its decision, or none is left.
     """
     progress.update(step=0, total=len(seed), unit="samples", label="starting Data-Juicer")
     guard()
-    from synth_agent.stages.running import OperatorFailed, describe_rows, run_operator
-
-    with tempfile.TemporaryDirectory(dir=arguments.output, prefix=".work-") as folder:
-        dataset, operators = _load(recipe, seed, arguments.images, Path(folder).resolve())
-        lost = sorted(set(range(len(seed))) - set(dataset[ROW_ID_FIELD]))
-        if lost:
-            raise OperatorFailed(
-                "Samples lost", f"Data-Juicer did not load {describe_rows(lost, seed)}", ""
-            )
-        _seed_generators(arguments.cap_seed)
-        counts, dropped = [], {}
-        for position, operator in enumerate(operators, 1):
-            label = f"{position}/{len(operators)} {operator._name}"
-            started, before = time.monotonic(), dataset[ROW_ID_FIELD]
-
-            def report(done: int, total: int, label: str = label) -> None:
-                progress.update(step=done, total=total, unit="samples", label=label)
-
-            dataset = run_operator(operator, dataset, seed, report)
-            after = dataset[ROW_ID_FIELD] if len(dataset) else []
-            seconds = round(time.monotonic() - started, 3)
-            counts.append(OperatorCount(operator._name, len(before), len(after), seconds))
-            dropped[f"{position}. {operator._name}"] = sorted(set(before) - set(after))
-            if not len(dataset):
-                break
-        rows = dataset.select_columns([ROW_ID_FIELD, "text", "images"]).to_list()
-    for row in rows:
-        row["id"] = seed[row[ROW_ID_FIELD]].id
-    return Outcome(rows, tuple(counts), dropped)
+    with tempfile.TemporaryDirectory(dir=arguments.output, prefix=".work-") as name:
+        job = _Job(recipe, seed, arguments, progress, Path(name).resolve())
+        if recipe.data_plan is None:
+            return _capped(job.run_branch(1), arguments)
+        return _assembled(job, recipe.data_plan)
 
 
-def _load(recipe: Recipe, seed: Sequence[Sample], images: Path, folder: Path) -> tuple[Any, Any]:
-    """Return the seed set as Data-Juicer's dataset, with row ids, and the recipe's operators."""
-    from data_juicer.config import init_configs
-    from data_juicer.core.data.dataset_builder import DatasetBuilder
-    from data_juicer.ops import load_ops
+@dataclass(frozen=True)
+class _Job:
+    """A recipe at work on the seed set, in a folder."""
 
-    _write_input(folder / "input.jsonl", seed, images)
-    # Data-Juicer's cache does not know when a model folder's content changes: none is used.
-    mapping = recipe.mapping() | {
-        "dataset_path": str(folder / "input.jsonl"),
-        "export_path": str(folder / "export" / "output.jsonl"),
-        "skip_op_error": False,
-        "use_cache": False,
-        "ds_cache_dir": str(folder / "cache"),
+    recipe: Recipe
+    seed: Sequence[Sample]
+    arguments: argparse.Namespace
+    progress: StageProgress
+    folder: Path
+
+    @functools.cached_property
+    def records(self) -> list[dict[str, Any]]:
+        return seed_records(self.seed, self.arguments.images)
+
+    @functools.cached_property
+    def known(self) -> KnownScores | None:
+        """Scores of the seed samples that need not be computed again."""
+        from synth_agent.stages.known_scores import KnownScores
+
+        root = self.arguments.statistics
+        if root is None or not root.is_dir():
+            return None
+        workspace = open_workspace(Path.cwd())
+        return KnownScores(root, workspace, self.seed, self.arguments.images)
+
+    def run_branch(self, position: int) -> Outcome:
+        """Run the branch at a position, counted from 1; a linear recipe is its only one."""
+        recipe, prefix = self.recipe, ""
+        if recipe.data_plan is not None:
+            prefix = f"{position}/{len(recipe.branches)} {recipe.branches[position - 1].name}: "
+            recipe = recipe.branch_recipe(position)
+
+        def report(label: str, done: int, total: int) -> None:
+            self.report(prefix + label, done, total)
+
+        # The first branch draws as a linear recipe would, the others independently of it.
+        generator_seed = self.arguments.cap_seed + position - 1
+        folder = self.folder / f"branch-{position}"
+        if self.arguments.executor == "ray":
+            images = self.arguments.images
+            with open_pool(recipe, self.arguments, folder / "operators") as pool:
+                streamed = stream_branch(
+                    self.seed, len(self.seed), images, pool, folder / "chunks", report
+                )
+            return streamed.in_memory()
+        return run_branch(
+            recipe, self.records, self.seed, folder, generator_seed, report, self.known
+        )
+
+    def measure(self, operator: Operator, rows: Sequence[Mapping[str, Any]]) -> list[float | None]:
+        """Measure rows by a filter's statistic."""
+
+        def report(done: int, total: int) -> None:
+            self.report(f"ordering by {operator.name}", done, total)
+
+        with tempfile.TemporaryDirectory(dir=self.folder, prefix="order-") as name:
+            return measure(operator, rows, self.recipe, self.seed, Path(name), report)
+
+    def report(self, label: str, done: int, total: int) -> None:
+        self.progress.update(step=done, total=total, unit="samples", label=label)
+
+
+def _capped(outcome: Outcome, arguments: argparse.Namespace) -> Processed:
+    """Return what a linear recipe left, at most as many samples as the cap."""
+    rows = outcome.rows
+    if not rows:
+        raise _nothing_left(f"{outcome.emptied_by or 'the recipe'} dropped the last one")
+    if len(rows) > arguments.cap:
+        positions = random.Random(arguments.cap_seed).sample(range(len(rows)), arguments.cap)
+        rows = [rows[position] for position in positions]
+    return Processed(rows, outcome.rows, (outcome,))
+
+
+def _assembled(job: _Job, plan: DataPlan) -> Processed:
+    """Run the branches of a data plan and return what it made of them."""
+    arguments = job.arguments
+    if plan.order.operator is not None:
+        # An order that cannot be is found before the branches run, not after.
+        example = next((record for record in job.records if record["images"]), job.records[0])
+        job.measure(plan.order.operator, [example])
+    outcomes = tuple(job.run_branch(position) for position in range(1, len(plan.branches) + 1))
+    made = assemble(plan, [outcome.rows for outcome in outcomes], arguments.cap, arguments.cap_seed)
+    for share in made.shares:
+        if share.note:
+            print(f"branch {share.name}: {share.note}", file=sys.stderr)
+    if not made.rows:
+        ends = (
+            f"{share.name} ({outcome.emptied_by or 'nothing to begin with'})"
+            for share, outcome in zip(made.shares, outcomes, strict=True)
+        )
+        raise _nothing_left(f"every branch was emptied: {', '.join(ends)}")
+    rows, without_statistic = in_order(
+        plan.order, made.rows, lambda operator: job.measure(operator, made.rows)
+    )
+    assembly = {
+        "branches": [asdict(share) for share in made.shares],
+        "merged": made.merged,
+        "repetitions": made.repetitions,
+        "order": plan.order.mapping(),
+        "without_statistic": without_statistic,
     }
-    config_file = folder / "recipe.yaml"
-    config_file.write_text(yaml.safe_dump(mapping, sort_keys=False), encoding="utf-8")
-    config = init_configs(["--config", str(config_file)])
-    dataset = DatasetBuilder(config, executor_type="default").load_dataset()
-    return dataset, load_ops(config.process)
+    return Processed(rows, made.before_cap, outcomes, assembly)
 
 
-def _write_input(path: Path, seed: Sequence[Sample], images: Path) -> None:
-    # Links are kept: the image folder is often one.
-    root = os.path.abspath(images)  # noqa: PTH100
-    with path.open("w", encoding="utf-8") as file:
-        for row_id, sample in enumerate(seed):
-            record = {
-                "id": str(sample.id),
-                "images": [os.path.join(root, image) for image in sample.images],  # noqa: PTH118
-                "text": sample.text,
-                ROW_ID_FIELD: row_id,
-            }
-            file.write(json.dumps(record, ensure_ascii=False) + "\n")
-
-
-def _seed_generators(seed: int) -> None:
-    """Seed what operators that draw at random draw from; Data-Juicer seeds nothing itself."""
-    random.seed(seed)
-    import numpy as np
-
-    np.random.seed(seed)
-    if "torch" in sys.modules:
-        sys.modules["torch"].manual_seed(seed)
+def _nothing_left(message: str) -> SynthAgentError:
+    return SynthAgentError("No sample is left", message, "loosen the recipe's thresholds")
 
 
 def _write_outputs(
-    output: Path,
-    samples: Sequence[Sample],
-    original: Sequence[dict[str, Any]],
+    arguments: argparse.Namespace,
+    recipe: Recipe,
+    processed: Processed,
     seed: Sequence[Sample],
-    outcome: Outcome,
+    original: Sequence[dict[str, Any]],
 ) -> None:
+    output: Path = arguments.output
+    rows, images = adopt_pictures(processed.rows, seed, arguments.images, output)
+    samples = list(relative_samples(rows, seed, images))
     write_samples(output / "processed.jsonl", samples)
     write_llava(
         output / "processed.json",
         restore_questions((sample.as_record() for sample in samples), original),
     )
-    kept = sorted({row[ROW_ID_FIELD] for row in outcome.rows})
-    _write_json(output / "rows.json", {"kept": kept, "dropped": outcome.dropped})
+    kept = _row_ids(processed.before_cap)
+    if recipe.data_plan is None:
+        _write_json(output / "rows.json", {"kept": kept, "dropped": processed.outcomes[0].dropped})
+    else:
+        _write_json(output / "rows.json", _rows_of_branches(kept, len(seed), processed, recipe))
+        _write_branches(output, processed, recipe, arguments.seed)
     with (output / "processed.jsonl").open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     result = {
         "kept": len(samples),
-        "before_cap": len(outcome.rows),
+        "before_cap": len(processed.before_cap),
         "seed_samples": len(seed),
         "dropped": len(seed) - len(kept),
-        "operators": [asdict(count) for count in outcome.counts],
+        "operators": list(_operator_counts(processed, recipe)),
+        **processed.assembly,
         "digest": digest,
     }
     _write_json(output / "result.json", result)
+
+
+def _row_ids(rows: Iterable[Mapping[str, Any]]) -> list[int]:
+    """Return the seed rows that samples come from, each once."""
+    return sorted({row[ROW_ID_FIELD] for row in rows})
+
+
+def _rows_of_branches(
+    kept: Sequence[int], seed_samples: int, processed: Processed, recipe: Recipe
+) -> dict[str, Any]:
+    """Return which seed rows are left in all, and per branch what its operators did to them."""
+    branches = [
+        {"name": branch.name, "kept": _row_ids(outcome.rows), "dropped": outcome.dropped}
+        for branch, outcome in zip(recipe.branches, processed.outcomes, strict=True)
+    ]
+    gone = sorted(set(range(seed_samples)) - set(kept))
+    return {"kept": kept, "dropped": {"every branch": gone}, "branches": branches}
+
+
+def _operator_counts(processed: Processed, recipe: Recipe) -> Iterator[dict[str, Any]]:
+    for branch, outcome in zip(recipe.branches, processed.outcomes, strict=True):
+        for count in outcome.counts:
+            yield asdict(count) | ({"branch": branch.name} if branch.name else {})
+
+
+def _write_branches(output: Path, processed: Processed, recipe: Recipe, seed: Path) -> None:
+    """Write each branch as a recipe of its own, which `dj-process` runs from the workspace root."""
+    places = {
+        "dataset_path": os.path.relpath(seed),
+        "export_path": f"artifacts/processed/{recipe.name}.jsonl",
+    }
+    recipe = replace(recipe, options={**places, **recipe.options})
+    for position, outcome in enumerate(processed.outcomes, 1):
+        branch = _as_it_ran(recipe.branch_recipe(position), outcome)
+        with atomic_file(output / f"{branch.name}.yaml") as file:
+            file.write(dump_recipe(branch))
+
+
+def _as_it_ran(branch: Recipe, outcome: Outcome) -> Recipe:
+    """Return a branch with an operator wherever its samples were measured anew."""
+    if not outcome.measured_anew:
+        return branch
+    steps: list[Operator] = []
+    for position, operator in enumerate(branch.operators, 1):
+        if position in outcome.measured_anew:
+            steps.append(Operator("forget_measurements_mapper", {"num_proc": 0}))
+        steps.append(operator)
+    path = str(Path(__file__).with_name("forget_measurements.py"))
+    options = {**branch.options, "custom_operator_paths": [path]}
+    return replace(branch, operators=tuple(steps), options=options)
 
 
 def _write_json(path: Path, value: object) -> None:
@@ -264,7 +367,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--original", type=Path, required=True, help="LLaVA file with questions")
     parser.add_argument("--cap", type=int, default=200_000, help="most samples that are left")
     parser.add_argument("--cap-seed", type=int, default=1024, help="seed of the sampling")
+    parser.add_argument("--executor", choices=("default", "ray"), default="default")
+    parser.add_argument("--ray-address", help="cluster to run the operators on, HOST:PORT")
+    parser.add_argument(
+        "--large", type=int, default=100_000, help="samples above which chunks are made"
+    )
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of the models")
+    parser.add_argument("--statistics", type=Path, help="folder with scores that are known")
     parser.add_argument("--output", type=Path, required=True, help="folder to write")
     parser.add_argument("--progress", type=Path, help="file for progress lines")
     return parser

@@ -1,8 +1,8 @@
 """Running one Data-Juicer operator with its progress counted and its failures named.
 
-The operators are Data-Juicer's own. Their methods are wrapped so that rows are counted as they are
-worked on, a failing row is found, and a score that is not a number stops the run in place of
-dropping its sample silently.
+The operators are Data-Juicer's own, some of them computed many samples at a time. Their methods are
+wrapped so that rows are counted as they are worked on, a failing row is found, and a score that is
+not a number stops the run in place of dropping its sample silently.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from typing import Any
 
 from synth_agent.data import ROW_ID_FIELD, Sample
 from synth_agent.errors import SynthAgentError
-from synth_agent.stages.similarity import PAIRS_PER_CALL, batched_similarity
+from synth_agent.stages import endpoint_operators  # noqa: F401  registers them
+from synth_agent.stages.operators import stand_in
 
 STATS_FIELD = "__dj__stats__"
 WORKING_METHODS = {"Mapper": "process", "Filter": "compute_stats", "Deduplicator": "compute_hash"}
@@ -45,6 +46,8 @@ def run_operator(operator: Any, dataset: Any, seed: Sequence[Sample], report: Re
         OperatorFailed: naming the operator and, where one is to blame, the sample.
     """
     name, total = operator._name, len(dataset)
+    if not operator.num_proc:
+        operator = stand_in(operator)
     watched = _Watched(operator, dataset, seed, report)
     report(0, total)
     try:
@@ -92,18 +95,14 @@ class _Watched:
         if self._method is None or self._operator.num_proc:
             return
         work = getattr(self._operator, self._method)
-        faster = batched_similarity(self._operator)
-        if faster:
-            self._operator.batch_size = PAIRS_PER_CALL
-        do = faster or work
 
         @functools.wraps(work)
         def watched(rows: Any, *arguments: Any, **options: Any) -> Any:
             ids = list(rows[ROW_ID_FIELD])
             try:
-                made = do(rows, *arguments, **options)
+                made = work(rows, *arguments, **options)
             except Exception:
-                self._failed = self._culprits(do, ids)
+                self._failed = self._culprits(work, ids)
                 raise
             if self._method == "compute_stats":
                 self._check_scores(ids, made[STATS_FIELD])

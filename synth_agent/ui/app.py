@@ -1,4 +1,4 @@
-"""The app: four places, the gate, and the handlers that own all state.
+"""The app: five places, the gate, and the handlers that own all state.
 
 A reader over the workspace: threads read and post facts, handlers here and in the screens take
 them. It may be closed at any time; a run belongs to its worker, not to the app.
@@ -31,6 +31,7 @@ from synth_agent.ui.messages import (
     RunRequested,
 )
 from synth_agent.ui.screens.base import NotebookScreen
+from synth_agent.ui.screens.data import DataScreen
 from synth_agent.ui.screens.error import ErrorScreen
 from synth_agent.ui.screens.help import HelpScreen
 from synth_agent.ui.screens.history import HistoryScreen
@@ -74,6 +75,7 @@ class SynthAgentApp(App[int]):
         Binding("2", "go('run')", "Run", show=False, id="go.run"),
         Binding("3", "go('results')", "Results", show=False, id="go.results"),
         Binding("4", "go('history')", "History", show=False, id="go.history"),
+        Binding("5", "go('data')", "Data", show=False, id="go.data"),
         Binding("question_mark", "help", "Help", key_display="?", id="help"),
         Binding("ctrl+p", "command_palette", "Palette", show=False, id="palette"),
         Binding("q", "quit", "Quit", id="quit"),
@@ -97,6 +99,7 @@ class SynthAgentApp(App[int]):
             "run": self.run_screen,
             "results": self.results_screen,
             "history": HistoryScreen(self.backend),
+            "data": DataScreen(self.backend),
         }
         for name, screen in self._places.items():
             self.add_mode(name, partial(_itself, screen))
@@ -208,7 +211,7 @@ class SynthAgentApp(App[int]):
         await self.action_go(message.place)
 
     async def action_go(self, place: str) -> None:
-        """Go to one of the four places; dialogs have to be answered first."""
+        """Go to one of the places; dialogs have to be answered first."""
         if self.screen.is_modal:
             return
         if self.current_mode != place:

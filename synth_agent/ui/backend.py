@@ -8,7 +8,7 @@ first paint fast.
 from __future__ import annotations
 
 import getpass
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -18,11 +18,16 @@ from synth_agent.runs import Comparison, EventTail, Plan, Proposal, Rejection, R
 from synth_agent.ui.questions import Question, read_questions
 
 if TYPE_CHECKING:
+    from synth_agent.overview import Overview, Relations
     from synth_agent.recipes import DiffLine, Recipe
     from synth_agent.workspace import Workspace
 
+OperatorExamples = tuple[str, list[str], list[str]]
+"""An operator with its counts, and samples that it keeps and drops, as text."""
 _LOG_BYTES = 64 * 1024
 _LOG_LINES = 400
+_BINS = 24
+_EXAMPLES = 4
 
 
 @dataclass(frozen=True)
@@ -86,6 +91,12 @@ class Backend(Protocol):
     def cancel(self, run_id: str) -> None: ...
     def compare(self, earlier: str, later: str) -> list[Comparison]: ...
     def questions(self, run: Run) -> list[Question]: ...
+    def overview(self) -> Overview | None: ...
+    def analyze(
+        self, report: Callable[[Mapping[str, Any]], None], is_cancelled: Callable[[], bool]
+    ) -> list[str]: ...
+    def relations(self, recipe_name: str) -> Relations | None: ...
+    def examples(self, recipe_name: str) -> list[OperatorExamples]: ...
 
 
 class WorkspaceBackend:
@@ -257,8 +268,12 @@ class WorkspaceBackend:
             InvalidInput: Naming what is wrong.
         """
         from synth_agent import pipeline
+        from synth_agent.stages.warm import start_warm
 
         pipeline.validate(self._workspace, proposal)
+        if self._workspace.settings.compute.warm_worker:
+            # While the proposal is being read, so that an approved run does not wait for it.
+            start_warm(self._workspace)
 
     def difference(self, proposal: Proposal) -> list[DiffLine]:
         """Return the recipe against its parent's, or against nothing for the first run."""
@@ -314,6 +329,42 @@ class WorkspaceBackend:
             for record in self._answered(run)
         ]
 
+    def overview(self) -> Overview | None:
+        """Return the seed set's statistics, None before the first analysis."""
+        from synth_agent import analysis
+
+        return analysis.overview(self._workspace, _BINS)
+
+    def analyze(
+        self, report: Callable[[Mapping[str, Any]], None], is_cancelled: Callable[[], bool]
+    ) -> list[str]:
+        """Score what has no score yet, and return what could not be scored, in words."""
+        from synth_agent import analysis
+        from synth_agent.digests import Digests
+
+        digests = Digests(self._workspace)
+        wanted, skipped = analysis.wanted_operators(self._workspace, digests)
+        digests.save()
+        done = analysis.analyze(self._workspace, wanted, report, is_cancelled)
+        problems = [f"{skip.operator}: {skip.why}" for skip in skipped]
+        return problems + [
+            f"{column['operator']}: {column['problem']}"
+            for column in done["columns"]
+            if column["problem"]
+        ]
+
+    def relations(self, recipe_name: str) -> Relations | None:
+        """Return correlations and a recipe's drift, None before the first analysis."""
+        from synth_agent import analysis
+
+        return analysis.relations(self._workspace, recipe_name)
+
+    def examples(self, recipe_name: str) -> list[OperatorExamples]:
+        """Return each known operator of a recipe with samples that it keeps and drops, as text."""
+        from synth_agent import analysis
+
+        return analysis.example_lines(self._workspace, recipe_name, _EXAMPLES)
+
     def _answered(self, run: Run) -> list[Question]:
         found: list[Question] = []
         pictures = Path(run.plan.proposal.settings["evaluate"]["textvqa"]["images"])
@@ -330,12 +381,9 @@ class WorkspaceBackend:
 
 
 def _recipe_mapping(text: str) -> dict[str, Any]:
-    import yaml
+    from synth_agent.recipe_yaml import read_mapping
 
-    try:
-        mapping = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise InvalidInput("Not YAML", str(error), "correct the syntax") from error
+    mapping = read_mapping(text, "recipe")
     if not isinstance(mapping, dict):
         raise InvalidInput("Not a recipe", "the text is not a mapping", "write `process:` first")
     return mapping

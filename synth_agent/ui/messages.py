@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING
 from textual.message import Message
 
 from synth_agent.runs import Comparison, Event, EventTail, Proposal, Run
-from synth_agent.ui.backend import Notebook, RecipeChoice
+from synth_agent.ui.backend import Notebook, OperatorExamples, RecipeChoice
 from synth_agent.ui.questions import Question
 
 if TYPE_CHECKING:
+    from synth_agent.overview import Overview, Relations
     from synth_agent.recipes import DiffLine
 
 
@@ -139,6 +140,43 @@ class QuestionsRead(Message):
 
     run_id: str
     questions: list[Question]
+
+
+@dataclass
+class DataRead(Message):
+    """The seed set's statistics were read; None before the first analysis."""
+
+    overview: Overview | None
+
+
+@dataclass
+class RelationsRead(Message):
+    """Correlations and a recipe's drift were computed; None before the first analysis."""
+
+    relations: Relations | None
+
+
+@dataclass
+class AnalysisProgressed(Message):
+    """The analysis says how far it is."""
+
+    label: str
+    step: int
+    total: int
+
+
+@dataclass
+class AnalysisEnded(Message):
+    """The analysis ended; `problems` says what could not be scored."""
+
+    problems: list[str]
+
+
+@dataclass
+class SamplesDrawn(Message):
+    """Samples that each operator of a recipe keeps and drops were drawn."""
+
+    operators: list[OperatorExamples]
 
 
 @dataclass

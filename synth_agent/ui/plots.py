@@ -9,6 +9,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+_LEVELS = "▁▂▃▄▅▆▇█"
 _BRAILLE = 0x2800
 _DOTS = ((0x01, 0x08), (0x02, 0x10), (0x04, 0x20), (0x40, 0x80))
 """Bit of the dot in row y and column x of a braille cell."""
@@ -172,6 +173,15 @@ def axis_line(axis: Axis, width: int) -> str:
     start = (width - len(middle)) // 2
     cells[start : start + len(middle)] = middle
     return "".join(cells)
+
+
+def sparkline(counts: Sequence[int]) -> str:
+    """Return a histogram one line high; a bin that holds anything is never blank."""
+    most = max(counts, default=0)
+    if most == 0:
+        return " " * len(counts)
+    levels = (math.ceil(count / most * len(_LEVELS)) for count in counts)
+    return "".join(_LEVELS[level - 1] if level else " " for level in levels)
 
 
 def bar(share: float, width: int) -> str:

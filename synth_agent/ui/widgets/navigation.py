@@ -13,7 +13,13 @@ from textual.widgets import Static
 
 from synth_agent.ui.text import clean
 
-PLACES = (("home", "Home"), ("run", "Run"), ("results", "Results"), ("history", "History"))
+PLACES = (
+    ("home", "Home"),
+    ("run", "Run"),
+    ("results", "Results"),
+    ("history", "History"),
+    ("data", "Data"),
+)
 
 
 class Place(Static):
@@ -34,7 +40,7 @@ class Place(Static):
 
 
 class NavigationBar(Horizontal):
-    """Names of the four screens, the workspace, and the live run."""
+    """Names of the screens, the workspace, and the live run."""
 
     def __init__(self, place: str, root: Path) -> None:
         super().__init__()

@@ -1,0 +1,96 @@
+"""The Data screen over a real workspace: nothing at first, an analysis from the app, then samples."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from textual.pilot import Pilot
+from textual.widgets import DataTable
+
+from synth_agent.demo import prepare_demo
+from synth_agent.miniworld import write_world
+from synth_agent.overview import Relations, StatisticDrift
+from synth_agent.ui.app import SynthAgentApp
+from synth_agent.ui.plots import sparkline
+from synth_agent.ui.relations import relations_content
+from synth_agent.ui.screens.data import DataScreen
+from synth_agent.ui.screens.samples import SamplesScreen
+from synth_agent.ui.widgets.drawing import Drawing
+from synth_agent.workspace import Workspace, open_workspace
+
+SIZES = {"num_seed_samples": 30, "num_instructions": 3, "num_textvqa": 3, "num_mmbench": 6}
+MODELLED = ("similarity", "matching", "recaption", "curriculum")
+
+
+@pytest.fixture
+def workspace(tmp_path: Path) -> Workspace:
+    write_world(tmp_path / "world", seed=5, **SIZES)
+    prepare_demo(tmp_path / "demo", lambda line: None, tmp_path / "world")
+    for recipe in (tmp_path / "demo" / "recipes").glob("*.yaml"):
+        if recipe.stem.startswith(MODELLED):
+            recipe.unlink()
+    return open_workspace(tmp_path / "demo")
+
+
+async def wait_until(pilot: Pilot[int], condition: Callable[[], bool]) -> None:
+    for _ in range(600):
+        await pilot.pause(0.05)
+        if condition():
+            return
+    raise AssertionError("it did not happen in 30 seconds")
+
+
+async def test_from_nothing_to_samples(workspace: Workspace) -> None:
+    app = SynthAgentApp(workspace)
+    async with app.run_test(size=(120, 40)) as pilot:
+        await pilot.press("5")
+        await wait_until(pilot, lambda: isinstance(app.screen, DataScreen))
+        screen = app.screen
+        head = screen.query_one("#data-head", Drawing)
+        await wait_until(pilot, lambda: "not analysed yet" in str(head.content))
+        await pilot.press("a")
+        recipes = screen.query_one("#recipes", DataTable)
+        await wait_until(pilot, lambda: recipes.row_count > 0)
+        rows = screen.query_one("#statistics", DataTable).row_count
+        assert f"30 samples, {rows} statistics" in str(head.content)
+        assert rows >= 15
+        assert "Alike in TextVQA: " in str(head.content)
+        recipes.move_cursor(row=recipes.get_row_index("dedup"))
+        await pilot.press("c")
+        relations = screen.query_one("#relations-words", Drawing)
+        await wait_until(pilot, lambda: "Kolmogorov-Smirnov" in str(relations.content))
+        assert not screen.query_one("#statistics").display
+        assert "text_len" in str(relations.content)
+        assert "rank correlations" in str(relations.content)
+        await pilot.press("c")
+        assert screen.query_one("#statistics").display
+        assert recipes.get_cell_at((0, 1)).plain == "30"
+        await pilot.resize_terminal(80, 24)
+        await pilot.pause()
+        assert len(screen.query_one("#statistics", DataTable).columns) == 4
+        assert recipes.ordered_columns[0].get_render_width(recipes) > len("baseline")
+        await pilot.press("enter")
+        await wait_until(pilot, lambda: isinstance(app.screen, SamplesScreen))
+        words = app.screen.query_one("#samples-words", Drawing)
+        await wait_until(pilot, lambda: "document_deduplicator" in str(words.content))
+        assert "drops" in str(words.content)
+
+
+def test_a_narrow_pane_lists_the_strongest_pairs() -> None:
+    names, nan = ("a", "b", "c"), float("nan")
+    spearman = ((1.0, 0.25, -0.9), (0.25, 1.0, nan), (-0.9, nan, 1.0))
+    drift = (StatisticDrift("a", 2.0, 1.0, 0.5, 0.25),)
+    relations = Relations(names, spearman, "strict", drift, "")
+    narrow = str(relations_content(relations, 40))
+    assert narrow.index("-0.90  c, a") < narrow.index("+0.25  b, a")
+    assert "nan" not in narrow
+    wide = str(relations_content(relations, 100))
+    assert "-90   -" in wide
+    assert "+0.50    0.25" in wide
+    unknown = Relations(names, spearman, "strict", (), "follows a mapper")
+    assert "follows a mapper" in str(relations_content(unknown, 100))
+
+
+def test_a_bin_that_holds_anything_is_seen() -> None:
+    assert sparkline([0, 1, 1000]) == " ▁█"
+    assert sparkline([0, 0]) == "  "
