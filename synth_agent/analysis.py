@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from synth_agent.contamination_report import known_seed_overlaps, seed_overlaps
-from synth_agent.data import DJ_IMAGE_MARKER, END_OF_CHUNK
+from synth_agent.data import without_markers
 from synth_agent.data_keys import known_data_key
 from synth_agent.digests import Digests
 from synth_agent.duplicates import duplicates
@@ -300,14 +300,11 @@ def example_lines(
 
 def example_line(example: Example) -> str:
     """Return a sample's scores, its id and its caption without markers."""
-    text = example.sample.text
-    for marker in (DJ_IMAGE_MARKER, END_OF_CHUNK):
-        text = text.replace(marker, " ")
     scores = [
         value if isinstance(value, str) else ", ".join(f"{number:.3g}" for number in value)
         for value in example.values.values()
     ]
-    return "  ".join([*scores, example.sample.id, repr(" ".join(text.split()))])
+    return "  ".join([*scores, example.sample.id, repr(without_markers(example.sample.text))])
 
 
 def _statistic_line(

@@ -65,6 +65,13 @@ class UnusableImage:
     """`missing`, `empty`, `not a file`, or why it cannot be decoded."""
 
 
+def without_markers(text: str) -> str:
+    """Return a sample's text without image markers and ends of chunks, on one line."""
+    for marker in (*IMAGE_MARKERS, END_OF_CHUNK):
+        text = text.replace(marker, " ")
+    return " ".join(text.split())
+
+
 def iter_samples(path: Path) -> Iterator[Sample]:
     """Yield the samples of a competition JSONL or Parquet file; blank lines are skipped.
 

@@ -16,7 +16,7 @@ import numpy as np
 from synth_agent import analysis, pipeline
 from synth_agent.contamination import NEAR_BITS, WORDS_IN_A_ROW, Overlap
 from synth_agent.contamination_report import run_overlaps, seed_overlaps
-from synth_agent.data import DJ_IMAGE_MARKER, END_OF_CHUNK
+from synth_agent.data import without_markers
 from synth_agent.digests import Digests
 from synth_agent.duplicates import duplicates
 from synth_agent.errors import EXIT_FAILED, EXIT_OK, InvalidInput, nearest
@@ -333,10 +333,7 @@ def _example_data(example: Example) -> dict[str, Any]:
 
 
 def _print_example(example: Example) -> None:
-    text = example.sample.text
-    for marker in (DJ_IMAGE_MARKER, END_OF_CHUNK):
-        text = text.replace(marker, " ")
-    caption = " ".join(text.split())
+    caption = without_markers(example.sample.text)
     if len(caption) > _CAPTION_WIDTH:
         caption = caption[: _CAPTION_WIDTH - 1] + "…"
     scores = " ".join(

@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from synth_agent.changes import read_changes
+from synth_agent.data import without_markers
 from synth_agent.errors import SynthAgentError
 from synth_agent.runs import Run
 from synth_agent.wording import BENCHMARK_NAMES, SEED_CAVEAT, benchmark_name
@@ -24,6 +26,7 @@ def write_summary(workspace: Workspace, run: Run) -> Path:
     if "kept" in result:
         lines += ["", f"Samples: {result['kept']:,} of {result['seed_samples']:,}."]
         lines += _operator_lines(result.get("operators", ()))
+        lines += _change_lines(workspace, run)
         lines += _contamination_lines(workspace, run)
     if run.message and not run.error:
         lines += ["", run.message]
@@ -70,6 +73,24 @@ def _operator_lines(operators: Sequence[Mapping[str, Any]]) -> list[str]:
         cells = [operator.get("branch", ""), *cells] if has_branches else cells
         lines.append(f"| {' | '.join(cells)} |")
     return lines
+
+
+def _change_lines(workspace: Workspace, run: Run) -> list[str]:
+    """Return some of the samples that each operator dropped or changed."""
+    output = run.stages["process"].output
+    told = read_changes(workspace.path(output)) if output else []
+    lines = []
+    for one in told:
+        for change in one.changes:
+            after = "dropped" if change.after is None else f"became {_quoted(change.after)}"
+            lines.append(f"- {one.operator}: id {change.id}, {_quoted(change.before)} {after}")
+    return ["", "Some samples that operators dropped or changed:", "", *lines] if lines else []
+
+
+def _quoted(text: str) -> str:
+    """Return a caption as one line of Markdown code, its markers and its end left out if long."""
+    words = without_markers(text).replace("`", "'")
+    return f"`{words if len(words) <= 120 else words[:119] + '…'}`"
 
 
 def _contamination_lines(workspace: Workspace, run: Run) -> list[str]:

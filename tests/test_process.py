@@ -14,6 +14,7 @@ import pytest
 from PIL import Image, ImageDraw
 
 from synth_agent.catalogue import load_catalogue
+from synth_agent.changes import read_changes
 from synth_agent.errors import InvalidInput
 from synth_agent.recipes import Operator, Recipe, dump_recipe, materialise
 from synth_agent.workspace import Settings, Workspace, stage_environment
@@ -219,6 +220,15 @@ def _check_accounts(output: Path, kept: int) -> None:
     rows = json.loads((output / "rows.json").read_text())
     gone = [row for dropped in rows["dropped"].values() for row in dropped]
     assert sorted(rows["kept"] + gone) == list(range(30))
+    told = read_changes(output)
+    assert [one.operator for one in told] == list(rows["dropped"])
+    # A sample's id is its row here, and the first operator only changes texts.
+    assert not told[0].changes or all(change.after for change in told[0].changes)
+    for one in told[1:]:
+        lost = rows["dropped"][one.operator]
+        assert len(one.changes) == min(3, len(lost))
+        assert {int(change.id.removeprefix("sample-")) for change in one.changes} <= set(lost)
+        assert all(change.after is None and change.before for change in one.changes)
     trained = json.loads((output / "processed.json").read_text())
     assert len(trained) == kept
     assert all(record["conversations"][0] == QUESTION for record in trained)

@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from synth_agent import pipeline
+from synth_agent.changes import Change, OperatorChanges, write_changes
 from synth_agent.summary import write_summary
 from synth_agent.workspace import Workspace
 from tests.ui.notebook import Writer, make_workspace, proposal_for
@@ -43,6 +44,19 @@ def test_branches_are_named(workspace: Workspace) -> None:
     operators = [{**OPERATORS[0], "branch": "synthesis"}]
     text = summary(workspace, {"kept": 3, "seed_samples": 3, "operators": operators})
     assert "| synthesis | words_num_filter |" in text
+
+
+def test_samples_that_operators_changed_are_quoted_on_one_line(workspace: Workspace) -> None:
+    output = workspace.artifacts / "process"
+    output.mkdir(parents=True)
+    changes = (
+        Change("7", "<__dj__image>\na `red` box <|__dj__eoc|>", None),
+        Change("9", "x" * 300, "short"),
+    )
+    write_changes(output, [OperatorChanges("1. words_num_filter", changes)])
+    text = summary(workspace, {"kept": 1, "seed_samples": 3, "operators": OPERATORS})
+    assert "- 1. words_num_filter: id 7, `a 'red' box` dropped" in text
+    assert f"`{'x' * 119}…` became `short`" in text
 
 
 def test_without_data_or_evaluation_sets_it_says_so(workspace: Workspace) -> None:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from synth_agent.changes import Change, OperatorChanges, spread
 from synth_agent.data import ROW_ID_FIELD, Record, Sample
 from synth_agent.recipes import Recipe
 
@@ -54,6 +55,9 @@ class Outcome:
     measured_anew: tuple[int, ...]
     """Positions, from 1, of operators before which measurements from before a mapper were forgotten;
     Data-Juicer by itself uses them again."""
+
+    changes: tuple[OperatorChanges, ...] = ()
+    """Some of the samples that each operator dropped or changed."""
 
     @property
     def emptied_by(self) -> str | None:
@@ -108,10 +112,10 @@ def run_branch(
             "Samples lost", f"Data-Juicer did not load {describe_rows(lost, seed)}", ""
         )
     measurements = _Measurements(recipe, known)
-    counts, dropped = [], {}
+    counts, dropped, changes = [], {}, []
     for position, operator in enumerate(operators, 1):
         label = f"{position}/{len(operators)} {operator._name}"
-        started, before = time.monotonic(), dataset[ROW_ID_FIELD]
+        started, before, given = time.monotonic(), dataset[ROW_ID_FIELD], dataset
 
         def report_step(done: int, total: int, label: str = label) -> None:
             report(label, done, total)
@@ -122,13 +126,33 @@ def run_branch(
         after = dataset[ROW_ID_FIELD] if len(dataset) else []
         seconds = round(time.monotonic() - started, 3)
         counts.append(OperatorCount(operator._name, len(before), len(after), seconds, num_known))
-        dropped[f"{position}. {operator._name}"] = sorted(set(before) - set(after))
+        gone = sorted(set(before) - set(after))
+        dropped[f"{position}. {operator._name}"] = gone
+        examples = _changes(given, dataset, gone, seed)
+        changes.append(OperatorChanges(f"{position}. {operator._name}", examples))
         if not len(dataset):
             break
     rows = dataset.select_columns([ROW_ID_FIELD, "text", "images"]).to_list()
     for row in rows:
         row["id"] = seed[row[ROW_ID_FIELD]].id
-    return Outcome(rows, tuple(counts), dropped, tuple(measurements.anew))
+    return Outcome(rows, tuple(counts), dropped, tuple(measurements.anew), tuple(changes))
+
+
+def _changes(
+    given: Any, left: Any, gone: Sequence[int], seed: Sequence[Sample]
+) -> tuple[Change, ...]:
+    """Return some samples that an operator dropped, or else changed, spread over the data set."""
+    texts = dict(zip(given[ROW_ID_FIELD], given["text"], strict=True))
+    if gone:
+        return tuple(Change(str(seed[row].id), texts[row], None) for row in spread(gone))
+    if not len(left):
+        return ()
+    made = {
+        row: text
+        for row, text in zip(left[ROW_ID_FIELD], left["text"], strict=True)
+        if text != texts.get(row)
+    }
+    return tuple(Change(str(seed[r].id), texts[r], made[r]) for r in spread(sorted(made)))
 
 
 class _Measurements:

@@ -27,6 +27,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from synth_agent.changes import OperatorChanges, write_changes
 from synth_agent.data import (
     ROW_ID_FIELD,
     Sample,
@@ -295,6 +296,7 @@ def _write_outputs(
         "digest": digest,
     }
     _write_json(output / "result.json", result)
+    write_changes(output, list(_operator_changes(processed, recipe)))
 
 
 def _row_ids(rows: Iterable[Mapping[str, Any]]) -> list[int]:
@@ -318,6 +320,13 @@ def _operator_counts(processed: Processed, recipe: Recipe) -> Iterator[dict[str,
     for branch, outcome in zip(recipe.branches, processed.outcomes, strict=True):
         for count in outcome.counts:
             yield asdict(count) | ({"branch": branch.name} if branch.name else {})
+
+
+def _operator_changes(processed: Processed, recipe: Recipe) -> Iterator[OperatorChanges]:
+    for branch, outcome in zip(recipe.branches, processed.outcomes, strict=True):
+        for one in outcome.changes:
+            label = f"{branch.name}: {one.operator}" if branch.name else one.operator
+            yield OperatorChanges(label, one.changes)
 
 
 def _write_branches(output: Path, processed: Processed, recipe: Recipe, seed: Path) -> None:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from synth_agent.changes import OperatorChanges, read_changes
 from synth_agent.errors import InvalidInput
 from synth_agent.runs import Comparison, EventTail, Plan, Proposal, Rejection, Run
 from synth_agent.ui.questions import Question, read_questions
@@ -91,6 +92,7 @@ class Backend(Protocol):
     def cancel(self, run_id: str) -> None: ...
     def compare(self, earlier: str, later: str) -> list[Comparison]: ...
     def questions(self, run: Run) -> list[Question]: ...
+    def changes(self, run: Run) -> list[OperatorChanges]: ...
     def overview(self) -> Overview | None: ...
     def analyze(
         self, report: Callable[[Mapping[str, Any]], None], is_cancelled: Callable[[], bool]
@@ -328,6 +330,11 @@ class WorkspaceBackend:
             replace(record, parent_score=before.get((record.benchmark, record.id)))
             for record in self._answered(run)
         ]
+
+    def changes(self, run: Run) -> list[OperatorChanges]:
+        """Return some samples that the run's operators dropped or changed."""
+        output = run.stages["process"].output
+        return read_changes(self._workspace.path(output)) if output else []
 
     def overview(self) -> Overview | None:
         """Return the seed set's statistics, None before the first analysis."""

@@ -12,6 +12,7 @@ from synth_agent.ui.backend import Notebook, OperatorExamples, RecipeChoice
 from synth_agent.ui.questions import Question
 
 if TYPE_CHECKING:
+    from synth_agent.changes import OperatorChanges
     from synth_agent.overview import Overview, Relations
     from synth_agent.recipes import DiffLine
 
@@ -140,6 +141,7 @@ class QuestionsRead(Message):
 
     run_id: str
     questions: list[Question]
+    changes: list[OperatorChanges]
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from rich.text import Text
@@ -13,13 +14,15 @@ from textual.content import Content
 from textual.message import Message
 from textual.widgets import DataTable
 
+from synth_agent.changes import Change, OperatorChanges
+from synth_agent.data import without_markers
 from synth_agent.runs import Run
 from synth_agent.ui.backend import Backend, Notebook
 from synth_agent.ui.messages import QuestionsRead, RunRequested
 from synth_agent.ui.plots import bar
 from synth_agent.ui.questions import Question
 from synth_agent.ui.screens.base import NotebookScreen
-from synth_agent.ui.text import clean, fit
+from synth_agent.ui.text import clean, fit, shorten
 from synth_agent.ui.widgets.drawing import Drawing
 from synth_agent.ui.widgets.scoreboard import benchmarks, difference_line, forest, verdict_words
 from synth_agent.wording import benchmark_name
@@ -72,6 +75,7 @@ class ResultsScreen(NotebookScreen):
                     yield Drawing(id="forest", classes="panel")
                     yield Drawing(id="against", classes="panel")
                     yield Drawing(id="categories", classes="panel")
+                    yield Drawing(id="operators", classes="panel")
                 with Vertical(id="questions-panel", classes="panel"):
                     yield QuestionTable(id="questions", cursor_type="row")
                     yield Drawing(id="question")
@@ -80,6 +84,7 @@ class ResultsScreen(NotebookScreen):
         self.query_one("#forest").border_title = "Scores, 95 % intervals"
         self.query_one("#against").border_title = "Difference"
         self.query_one("#categories").border_title = "Categories"
+        self.query_one("#operators").border_title = "Data"
         self.query_one("#questions-panel").border_title = "Questions"
         narrow = self.app.size.width < _TABLE_BESIDE
         self.query_one("#results" if narrow else "#questions").focus()
@@ -132,13 +137,19 @@ class ResultsScreen(NotebookScreen):
 
     @work(thread=True, exclusive=True, exit_on_error=False, group="questions")
     def _read_questions(self, run: Run) -> None:
-        self.post_message(QuestionsRead(run.id, self.backend.questions(run)))
+        self.post_message(
+            QuestionsRead(run.id, self.backend.questions(run), self.backend.changes(run))
+        )
 
     @on(QuestionsRead)
     def _keep_questions(self, message: QuestionsRead) -> None:
         if self._run is not None and message.run_id == self._run.id:
             self._questions = message.questions
             self._list_questions()
+            run, changes = self._run, message.changes
+            self.query_one("#operators", Drawing).show(
+                lambda width, height: operators_content(run, changes, width)
+            )
 
     def _list_questions(self) -> None:
         chosen = [q for q in self._questions if q.benchmark == self._benchmark]
@@ -270,6 +281,35 @@ def categories_content(run: Run, parent: Run | None, width: int) -> Content:
     if not lines:
         return Content.styled("The benchmarks report no categories.", "$foreground-muted")
     return Content("\n").join(lines)
+
+
+def operators_content(run: Run, changes: Sequence[OperatorChanges], width: int) -> Content:
+    """Return what each operator kept, and some of the samples that it dropped or changed."""
+    counts = run.stages["process"].result.get("operators", ())
+    if not counts:
+        return Content.styled("The recipe has no operators.", "$foreground-muted")
+    examples = {one.operator: one.changes for one in changes}
+    lines: list[Content] = []
+    position, branch = 0, ""
+    for count in counts:
+        position = position + 1 if count.get("branch", "") == branch else 1
+        branch = count.get("branch", "")
+        name = f"{position}. {count['name']}"
+        numbers = f"{count['before']:,} → {count['after']:,}"
+        label = f"{branch}: {name}" if branch else name
+        room = max(8, width - len(numbers) - 2)
+        lines.append(Content.assemble(fit(clean(label), room), "  ", (numbers, "bold")))
+        lines += [change_content(change, width) for change in examples.get(label, ())]
+    return Content("\n").join(lines)
+
+
+def change_content(change: Change, width: int) -> Content:
+    """Return one sample that was dropped (−) or changed (→), on one line."""
+    text = change.before if change.after is None else change.after
+    sign, style = ("−", "$error") if change.after is None else ("→", "$success")
+    room = max(8, width - 4)
+    words = clean(without_markers(text))
+    return Content.assemble("  ", (sign, style), " ", (shorten(words, room), "$foreground-muted"))
 
 
 def _category_line(category: str, percent: float, before: float | None, width: int) -> Content:
