@@ -114,13 +114,14 @@ def analyze(arguments: argparse.Namespace, progress: StageProgress) -> list[Colu
     write_samples(arguments.statistics, data_key, rows)
     remember_data_key(arguments.statistics, digests.path(arguments.seed), data_key)
     reports: list[ColumnReport] = []
+    sizes = _PictureSizes()
     for position, (name, parameters) in enumerate(wanted, 1):
         spec = column_spec(name, parameters, lambda path: digests.path(workspace.path(path)))
         if spec is None:
             raise InvalidInput(
                 "Nothing to score", f"{name}: text and pictures do not decide its scores", ""
             )
-        column = _Column(spec, parameters, arguments, f"{position}/{len(wanted)} {name}")
+        column = _Column(spec, parameters, arguments, f"{position}/{len(wanted)} {name}", sizes)
         reports.append(column.fill(rows, samples, progress))
         _write_report(arguments.report, data_key, len(rows), reports)
     digests.save()
@@ -136,7 +137,9 @@ class _Column:
         parameters: Mapping[str, Any],
         arguments: argparse.Namespace,
         label: str,
+        sizes: _PictureSizes,
     ) -> None:
+        self._sizes = sizes
         self._spec = spec
         self._parameters = dict(parameters)
         self._images = Path(os.path.abspath(arguments.images))  # noqa: PTH100  links are kept
@@ -228,7 +231,7 @@ class _Column:
 
         try:
             [operator] = load_ops([{self._spec.operator: self._parameters}])
-            return stand_in(operator)
+            return self._sizes.watch(stand_in(operator))
         except Exception as error:
             raise _Unusable(_reason(error)) from error
 
@@ -250,6 +253,42 @@ class _Column:
         }
         made = self._operator.compute_stats(batch)[STATS_FIELD]
         return [_checked(stats, self._spec.stats) for stats in made]
+
+
+class _PictureSizes:
+    """Widths and heights that one filter measured, for another that needs no more than them.
+
+    Decoding pictures is most of the work of the cheap statistics, and is done once for both.
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[str, tuple[int, int]] = {}
+
+    def watch(self, operator: Any) -> Any:
+        """Return the operator, made to remember sizes or to use those that are remembered."""
+        if operator._name not in ("image_shape_filter", "image_aspect_ratio_filter"):
+            return operator
+        measure = operator.compute_stats
+        is_shape = operator._name == "image_shape_filter"
+
+        def measured(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
+            if not is_shape:
+                self._fill_ratios(batch)
+            made: dict[str, list[Any]] = measure(batch)
+            if is_shape:
+                for images, stats in zip(batch["images"], made[STATS_FIELD], strict=True):
+                    sizes = zip(stats["image_width"], stats["image_height"], strict=True)
+                    self._known.update(zip(images, sizes, strict=True))
+            return made
+
+        operator.compute_stats = measured
+        return operator
+
+    def _fill_ratios(self, batch: dict[str, list[Any]]) -> None:
+        for images, stats in zip(batch["images"], batch[STATS_FIELD], strict=True):
+            sizes = [self._known.get(image) for image in images]
+            if images and all(sizes):
+                stats["aspect_ratios"] = [size[0] / size[1] for size in sizes if size]
 
 
 class _PictureHashes:
