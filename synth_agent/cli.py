@@ -96,16 +96,57 @@ def _add_demo(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
 def _add_gate(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     propose = commands.add_parser("propose", help="propose the next experiment, or a given recipe")
     propose.add_argument("recipe", nargs="?", help="recipe name (default: the planner chooses)")
+    propose.add_argument(
+        "--alternatives", type=int, default=1, metavar="N", help="show two or three to choose from"
+    )
+    propose.add_argument(
+        "--wish", default="", metavar="TEXT", help="tell the model: cheaper, only filters, ..."
+    )
     propose.add_argument("--json", action="store_true")
-    propose.set_defaults(command=_propose)
+    ask = commands.add_parser("ask", help="ask the model about data and runs; it only reads")
+    ask.add_argument("question")
+    for parser in (propose, ask):
+        parser.add_argument(
+            "--planner", choices=("builtin", "llm", "replay"), help="in place of the setting"
+        )
+        parser.add_argument("--transcript", type=Path, metavar="FILE", help="what replay repeats")
     approve = commands.add_parser("approve", help="approve a shown proposal and run it")
     approve.add_argument("sha256", help="sha256 of the proposal, or its first characters")
     approve.add_argument("--wait", action="store_true", help="follow the run to its end")
-    approve.set_defaults(command=_approve)
     reject = commands.add_parser("reject", help="turn a shown proposal down")
     reject.add_argument("sha256")
     reject.add_argument("--reason", required=True, help="why; the planner respects it")
-    reject.set_defaults(command=_reject)
+    limit = commands.add_parser("limit", help="make a proposal of a part of a shown one")
+    limit.add_argument("sha256")
+    limit.add_argument("--data-only", action="store_true", help="stop before training")
+    limit.add_argument("--samples", type=int, metavar="N", help="train on at most so many")
+    limit.add_argument("--gpu-hours", type=float, metavar="H", help="stop after so much time")
+    auto = commands.add_parser("auto", help="propose and run inside the standing rules")
+    auto.add_argument("--budget", required=True, metavar="TIME", help="wall time, 6h or 90m")
+    auto.add_argument("--max-runs", type=int, metavar="N")
+    auto.add_argument("--json", action="store_true")
+    for parser in (propose, ask, approve, reject, limit, auto):
+        parser.set_defaults(command=_gate, name=parser.prog.split()[-1])
+    _add_rules(commands)
+
+
+def _add_rules(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    rules = commands.add_parser("rules", help="what may run without being asked each time")
+    rules.set_defaults(command=_gate, name="rules", action="list", json=False)
+    actions = rules.add_subparsers(metavar="ACTION")
+    shown = actions.add_parser("list", help="list the rules (default)")
+    shown.add_argument("--json", action="store_true")
+    shown.set_defaults(action="list")
+    add = actions.add_parser("add", help="add a rule, at a terminal")
+    add.add_argument("kind", choices=("replicates", "recipes", "filters"))
+    add.add_argument("names", nargs="*", metavar="RUN|RECIPE", help="the run, or the recipes")
+    add.add_argument("--gpu-hours", type=float, required=True, metavar="H", help="over all runs")
+    add.add_argument("--max-runs", type=int, required=True, metavar="N")
+    add.add_argument("--days", type=float, default=7.0, help="until it expires (default: 7)")
+    add.set_defaults(action="add")
+    revoke = actions.add_parser("revoke", help="end a rule, at a terminal")
+    revoke.add_argument("rule", metavar="ID")
+    revoke.set_defaults(action="revoke")
 
 
 def _add_runs(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -219,6 +260,7 @@ def _add_formats(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     convert.add_argument("--keep-ids", action="store_true", help="leave numeric ids as they are")
     convert.set_defaults(command=_convert)
+    _add_imported(commands)
     check = commands.add_parser(
         "check-data", help="list bad records, and pictures that are missing or unreadable"
     )
@@ -244,6 +286,48 @@ def _operators(options: argparse.Namespace) -> int:
     from synth_agent import operator_commands
 
     return operator_commands.operators(_open(options), options)
+
+
+def _add_imported(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    table = commands.add_parser(
+        "import", help="results from elsewhere, as weak evidence for proposals"
+    )
+    table.add_argument("table", type=Path, metavar="FILE", help="CSV, or a Markdown table")
+    table.add_argument("--name", required=True, help="folder name under runs/imported/")
+    table.add_argument("--source", required=True, help="who measured it, and where it is published")
+    table.add_argument("--date", required=True, help="when it was published")
+    table.add_argument("--recipe", required=True, metavar="COLUMN", help="column of the recipes")
+    table.add_argument(
+        "--benchmark", action="append", required=True, metavar="NAME=COLUMN",
+        help="for instance textvqa=TextVQA; several times",
+    )  # fmt: skip
+    table.add_argument("--id", metavar="COLUMN", help="column of the rows' names")
+    table.add_argument("--rows", metavar="COLUMN", help="column of the numbers of samples")
+    table.add_argument("--rows-unit", type=int, default=1, choices=(1, 1000))
+    table.add_argument("--baseline", metavar="ROW", help="row that the others are relative to")
+    table.add_argument("--absolute", action="store_true", help="scores without a baseline")
+    table.add_argument("--relative-to", default="", help="what 1.0 is, in words")
+    table.add_argument(
+        "--spread", action="append", default=[], metavar="NAME=SHARE",
+        help="standard deviation of one run as a share of its score",
+    )  # fmt: skip
+    table.add_argument("--spread-basis", default="", help="where the spread comes from, in words")
+    shown = commands.add_parser("imported", help="show the imported results")
+    for parser, command in ((table, _import), (shown, _imported)):
+        parser.add_argument("--json", action="store_true")
+        parser.set_defaults(command=command)
+
+
+def _import(options: argparse.Namespace) -> int:
+    from synth_agent import import_commands
+
+    return import_commands.import_file(options)
+
+
+def _imported(options: argparse.Namespace) -> int:
+    from synth_agent import import_commands
+
+    return import_commands.show(options)
 
 
 def _convert(options: argparse.Namespace) -> int:
@@ -327,62 +411,22 @@ def _demo(options: argparse.Namespace) -> int:
     return _run_app(workspace)
 
 
-def _propose(options: argparse.Namespace) -> int:
-    from synth_agent import drafts, headless, pipeline
-    from synth_agent.errors import InvalidInput, nearest
-    from synth_agent.planner import BuiltinPlanner, propose_recipe
-    from synth_agent.recipes import list_recipes
+def _gate(options: argparse.Namespace) -> int:
+    from synth_agent import gate_commands
 
     workspace = _open(options)
-    history = pipeline.list_runs(workspace, lambda error: headless.narrate(f"left out: {error}"))
-    if options.recipe is None:
-        proposal = BuiltinPlanner().propose(workspace, history, pipeline.list_rejections(workspace))
-        if proposal is None:
-            headless.narrate("every recipe was tried or rejected; add one to recipes/")
-            return 0
-    else:
-        recipes = {recipe.name: recipe for recipe in list_recipes(workspace)}
-        if options.recipe not in recipes:
-            raise InvalidInput(
-                "No such recipe",
-                f"{options.recipe!r} in {workspace.recipes}",
-                nearest(options.recipe, recipes),
-            )
-        proposal = propose_recipe(workspace, recipes[options.recipe], history)
-    pipeline.validate(workspace, proposal)
-    drafts.keep(workspace, proposal)
-    if options.json:
-        print(json.dumps({"sha256": proposal.sha256, "proposal": proposal.content()}))
-    else:
-        print(headless.proposal_text(proposal))
-        headless.narrate(f"approve it with: synth-agent approve {proposal.sha256[:12]}")
-    return 0
-
-
-def _approve(options: argparse.Namespace) -> int:
-    import getpass
-
-    from synth_agent import drafts, pipeline
-
-    workspace = _open(options)
-    proposal = drafts.find(workspace, options.sha256)
-    plan = pipeline.approve(
-        workspace, proposal, shown_sha256=proposal.sha256, approver=getpass.getuser()
-    )
-    pipeline.launch(workspace, plan)
-    print(plan.run_id)
-    return _wait(workspace, plan.run_id) if options.wait else 0
-
-
-def _reject(options: argparse.Namespace) -> int:
-    import getpass
-
-    from synth_agent import drafts, pipeline
-
-    workspace = _open(options)
-    proposal = drafts.find(workspace, options.sha256)
-    print(pipeline.reject(workspace, proposal, reason=options.reason, by=getpass.getuser()))
-    return 0
+    if options.name == "approve":
+        run_id = gate_commands.approve(workspace, options)
+        return _wait(workspace, run_id) if options.wait else 0
+    command = {
+        "propose": gate_commands.propose,
+        "ask": gate_commands.ask,
+        "limit": gate_commands.limit,
+        "reject": gate_commands.reject,
+        "rules": gate_commands.rules,
+        "auto": gate_commands.auto,
+    }[options.name]
+    return command(workspace, options)
 
 
 def _watch(options: argparse.Namespace) -> int:
@@ -448,11 +492,11 @@ def _show(options: argparse.Namespace) -> int:
 def _compare(options: argparse.Namespace) -> int:
     from dataclasses import asdict
 
-    from synth_agent import pipeline
-    from synth_agent.wording import benchmark_name
+    from synth_agent import verdicts
+    from synth_agent.wording import basis_words, benchmark_name
 
     workspace = _open(options)
-    comparisons = pipeline.compare_runs(workspace, options.earlier, options.later)
+    comparisons = verdicts.compare_runs(workspace, options.earlier, options.later)
     if options.json:
         print(json.dumps([asdict(comparison) for comparison in comparisons]))
         return 0
@@ -462,6 +506,7 @@ def _compare(options: argparse.Namespace) -> int:
             f"{name:<8} {value.difference:+5.1f} points [{value.low:+.1f}, {value.high:+.1f}] "
             f"on {value.num_questions} questions: {value.verdict}"
         )
+        print(f"         {basis_words(value.difference, value.expected, value.basis)}")
     return 0
 
 

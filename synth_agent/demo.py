@@ -17,6 +17,7 @@ from pathlib import Path
 from synth_agent import journal, pipeline
 from synth_agent.errors import EXIT_FAILED, EXIT_OK, InvalidInput
 from synth_agent.headless import follow, narrate, proposal_text, run_data, run_text
+from synth_agent.imported import bring_shipped
 from synth_agent.planner import BuiltinPlanner
 from synth_agent.runs import Proposal, Run
 from synth_agent.wording import duration
@@ -82,6 +83,7 @@ def _write_settings(root: Path) -> None:
         for recipe in sorted(source.iterdir(), key=lambda entry: entry.name):
             if recipe.name.endswith(".yaml"):
                 (target / recipe.name).write_text(recipe.read_text(encoding="utf-8"), "utf-8")
+    bring_shipped(root)
     (root / ".gitignore").write_text(_IGNORED, "utf-8")
     (root / "README.md").write_text(_README, "utf-8")
     settings = world.joinpath("synth.yaml").read_text(encoding="utf-8")
@@ -144,6 +146,7 @@ def _init_repository(root: Path, report: Report) -> None:
             )
     paths = [root / SETTINGS_NAME, root / ".gitignore", root / "README.md"]
     paths += sorted((root / "recipes").rglob("*.yaml"))
+    paths += sorted(path for path in (root / "runs").rglob("*") if path.is_file())
     journal.commit(open_workspace(root), paths, "Start a demo workspace with the mini world")
 
 

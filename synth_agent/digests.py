@@ -59,7 +59,8 @@ class Digests:
     def _of_file(self, path: Path) -> str:
         try:
             stat = path.stat()
-            stamp = [stat.st_size, stat.st_mtime_ns, stat.st_ino]
+            # A change can keep size and time of writing, but not the time of the change itself.
+            stamp = [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
             known = self._known.get(str(path))
             if known is not None and known[0] == stamp:
                 return known[1]

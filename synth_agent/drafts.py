@@ -1,7 +1,8 @@
-"""Proposals that were shown on the command line and wait for a decision.
+"""Proposals that were shown and wait for a decision.
 
 A draft is named by its sha256, so what is approved later is what was shown. Drafts are a
-convenience of the command line; the app holds its proposal in memory.
+convenience of the command line, and the place where the proposals are kept that another was
+preferred to; the app holds its proposal in memory.
 """
 
 from __future__ import annotations

@@ -12,8 +12,8 @@ from dataclasses import asdict
 from typing import Any
 
 from synth_agent import pipeline
-from synth_agent.runs import STAGES, Event, EventTail, Proposal, Run, Score
-from synth_agent.wording import SEED_CAVEAT, benchmark_name, duration
+from synth_agent.runs import STAGES, Event, EventTail, Limits, Proposal, Run, Score
+from synth_agent.wording import basis_words, benchmark_name, duration
 from synth_agent.workspace import Workspace
 
 POLL_SECONDS = 0.2
@@ -129,8 +129,21 @@ def proposal_text(proposal: Proposal) -> str:
         f"  samples   {samples} of {cost.seed_samples:,}",
         f"  time      {duration(cost.seconds)}",
         f"  basis     {cost.basis}",
-        f"  sha256    {proposal.sha256}",
     ]
+    if proposal.hypothesis:
+        lines.append(f"  thesis    {proposal.hypothesis}")
+    for one in proposal.predictions:
+        lines.append(
+            f"  expects   {benchmark_name(one.benchmark)} {one.expected:+.1f} points, 80 %: "
+            f"{one.low:+.1f} to {one.high:+.1f} ({one.by})"
+        )
+    if proposal.refuted_by:
+        lines.append(f"  refuted   {proposal.refuted_by}")
+    if proposal.limits != Limits():
+        lines.append(f"  limits    {proposal.limits.words()}")
+    if proposal.alternatives:
+        lines.append(f"  beside    {', '.join(name[:12] for name in proposal.alternatives)}")
+    lines.append(f"  sha256    {proposal.sha256}")
     return "\n".join(lines)
 
 
@@ -157,9 +170,9 @@ def run_text(run: Run) -> str:
             f"[{comparison.low:+.1f}, {comparison.high:+.1f}] against {comparison.parent}: "
             f"{comparison.verdict}"
         )
+        words = basis_words(comparison.difference, comparison.expected, comparison.basis)
+        lines.append(f"  note     {words}")
     lines.append(f"  verdict  {run.verdict or run.status}")
-    if run.comparisons:
-        lines.append(f"  note     {SEED_CAVEAT}")
     return "\n".join(lines)
 
 

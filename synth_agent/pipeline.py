@@ -1,7 +1,7 @@
 """From a proposal to a running worker, and from the files of a run back to what is known of it.
 
-`approve` is the only maker of plans and `launch` takes nothing else. The stages themselves are
-described in `stage_plan` and run by `worker`.
+`approve` is the only maker of plans and `launch` takes nothing else. What an approval covers is in
+`gate`; the stages themselves are described in `stage_plan` and run by `worker`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -28,9 +29,11 @@ from synth_agent import __version__, journal
 from synth_agent.data import atomic_file
 from synth_agent.digests import Digests
 from synth_agent.errors import Busy, Conflict, InvalidInput, SynthAgentError
+from synth_agent.gate import approved_inputs, check_approval, check_limits, folder_inputs
 from synth_agent.referee import compare_scores
 from synth_agent.runs import (
     Comparison,
+    Event,
     Plan,
     Proposal,
     Rejection,
@@ -38,12 +41,12 @@ from synth_agent.runs import (
     dump_plan,
     dump_proposal,
     fold,
+    gpu_seconds,
     load_plan,
     now,
     parse_events,
     proposal_from,
 )
-from synth_agent.stage_plan import code_version
 from synth_agent.workspace import RunPaths, Workspace, stage_environment
 
 LEAST_FREE_BYTES = 1 << 30
@@ -57,7 +60,7 @@ def validate(workspace: Workspace, proposal: Proposal) -> None:
     """Check all that can be checked before hours are spent.
 
     Raises:
-        InvalidInput: Naming the recipe's or the setting's field, the path and the fix.
+        InvalidInput: Naming the recipe's or the setting's field, the limit, the path and the fix.
     """
     from synth_agent.recipes import load_catalogue, recipe_from_mapping, validate_recipe
 
@@ -65,6 +68,7 @@ def validate(workspace: Workspace, proposal: Proposal) -> None:
     name = str(mapping.pop("name", proposal.slug))
     validate_recipe(recipe_from_mapping(name, mapping), load_catalogue(), workspace)
     check_settings(workspace, proposal.settings)
+    check_limits(proposal)
 
 
 def check_settings(workspace: Workspace, settings: Mapping[str, Any]) -> None:
@@ -107,37 +111,65 @@ def check_settings(workspace: Workspace, settings: Mapping[str, Any]) -> None:
         )
 
 
-def approve(workspace: Workspace, proposal: Proposal, *, shown_sha256: str, approver: str) -> Plan:
+def approve(
+    workspace: Workspace, proposal: Proposal, *, shown_sha256: str, approver: str, rule: str = ""
+) -> Plan:
     """Make the plan of what a person saw, write its folder and commit it.
+
+    The plan keeps the digest of everything that the run reads, as it is at this moment.
+
+    Args:
+        workspace: The workspace.
+        proposal: What was shown.
+        shown_sha256: The sha256 that was shown with it.
+        approver: Name of the person.
+        rule: Id of the standing rule that the person made, when it approves in their name.
 
     Raises:
         Conflict: If the proposal is not the one that was shown.
+        InvalidInput: If nobody is named as the approver, or a limit makes no sense.
     """
+    # A copy: whoever holds the proposal's mappings cannot change what is being approved.
+    proposal = proposal_from(json.loads(json.dumps(proposal.content())))
     if proposal.sha256 != shown_sha256:
         raise Conflict(
             "Proposal changed",
             f"shown: {shown_sha256[:12]}, to be approved: {proposal.sha256[:12]}",
             "look at the proposal again and approve what it says",
         )
+    check_person(approver)
+    check_limits(proposal)
+    digests = Digests(workspace)
+    inputs = approved_inputs(workspace, proposal, digests)
+    digests.save()
     run_id = _make_folder(workspace, proposal.slug)
-    plan = Plan(run_id, proposal, approver, now(), proposal.sha256)
     paths = workspace.run(run_id)
     recipe = {key: value for key, value in proposal.recipe.items() if key != "name"}
     paths.proposal.write_text(dump_proposal(proposal), "utf-8")
-    plain = json.loads(json.dumps(recipe))
-    paths.recipe.write_text(yaml.safe_dump(plain, sort_keys=False, allow_unicode=True), "utf-8")
-    environment = json.dumps(_environment(workspace, proposal), indent=2) + "\n"
+    paths.recipe.write_text(yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True), "utf-8")
+    environment = json.dumps(_environment(workspace, proposal, inputs), indent=2) + "\n"
     paths.environment.write_text(environment, "utf-8")
+    inputs |= folder_inputs(workspace, run_id)
+    name = f"rule {rule} of {approver}" if rule else approver
+    plan = Plan(run_id, proposal, name, now(), proposal.sha256, inputs)
     # The plan makes the folder a run: it is there whole or not at all.
     with atomic_file(paths.plan) as file:
         file.write(dump_plan(plan))
-    trailers = {"Run": run_id, "Parent": proposal.parent or "none"}
+    trailers = {"Run": run_id, "Parent": proposal.parent or "none", "Approver": name}
     journal.commit(workspace, [paths.root], f"run: {run_id} approved", trailers)
     return plan
 
 
 def reject(workspace: Workspace, proposal: Proposal, *, reason: str, by: str) -> str:
-    """Keep a proposal that was turned down, with the reason, and return its id."""
+    """Keep a proposal that was turned down, with the reason, and return its id.
+
+    Raises:
+        InvalidInput: If there is no reason.
+    """
+    if not reason.strip():
+        raise InvalidInput(
+            "Reason is missing", f"{proposal.slug}: ''", "say why; the next proposal respects it"
+        )
     run_id = _make_folder(workspace, proposal.slug)
     paths = workspace.run(run_id)
     paths.proposal.write_text(dump_proposal(proposal), "utf-8")
@@ -152,8 +184,15 @@ def launch(workspace: Workspace, plan: Plan, *, program: Sequence[str] = _WORKER
 
     Raises:
         Busy: If another run is live.
+        Conflict: If the plan is not the approved one, or what it runs changed since.
         SynthAgentError: If the worker ended before it took the lock.
     """
+    if load_approved(workspace, plan.run_id) != plan:
+        raise Conflict(
+            "Not the approved plan",
+            f"{workspace.run(plan.run_id).plan} holds another one",
+            "launch what `approve` returned",
+        )
     return resume(workspace, plan.run_id, program=program)
 
 
@@ -161,14 +200,22 @@ def resume(workspace: Workspace, run_id: str, *, program: Sequence[str] = _WORKE
     """Start a worker that continues a run where it stopped; see `launch`.
 
     Raises:
-        Conflict: If the run has succeeded.
+        Conflict: If the run has succeeded or used up its GPU-hours, or what it runs changed.
     """
-    load_plan(workspace.run(run_id).plan)
+    plan = load_approved(workspace, run_id)
     if read_events(workspace, run_id).status == "succeeded":
         raise Conflict("Run has finished", run_id, "approve a new proposal to run it again")
+    cap = plan.proposal.limits.gpu_hours
+    if cap is not None and is_cap_reached(cap, gpu_seconds_of(workspace, run_id)):
+        raise Conflict(
+            "GPU-hours are used up",
+            f"{run_id}: limited to {cap:g} GPU-hours",
+            "approve a proposal with a higher limit; finished stages and checkpoints are reused",
+        )
     live = live_run(workspace)
     if live is not None:
         raise Busy("A run is live", f"run {live} holds {workspace.lock}", "wait or cancel it")
+    check_approval(workspace, plan)
     log_file = workspace.logs(run_id) / "worker.log"
     log_file.parent.mkdir(parents=True, exist_ok=True)
     environment = stage_environment(workspace)
@@ -190,6 +237,24 @@ def resume(workspace: Workspace, run_id: str, *, program: Sequence[str] = _WORKE
             break
         time.sleep(0.02)
     raise SynthAgentError("Worker did not start", last_lines(log_file), f"see {log_file}")
+
+
+def load_approved(workspace: Workspace, run_id: str) -> Plan:
+    """Return the plan of a run.
+
+    Raises:
+        InvalidInput: If it is missing or was changed.
+        Conflict: If it is another run's, copied there.
+    """
+    path = workspace.run(run_id).plan
+    plan = load_plan(path)
+    if plan.run_id != run_id:
+        raise Conflict(
+            "Approval of another run",
+            f"{path} approves {plan.run_id}",
+            "an approval is good for one run: propose it again and approve that",
+        )
+    return plan
 
 
 def cancel(workspace: Workspace, run_id: str) -> None:
@@ -251,9 +316,23 @@ def read_events(workspace: Workspace, run_id: str) -> Run:
     return _fold(paths, load_plan(paths.plan))
 
 
+def gpu_seconds_of(workspace: Workspace, run_id: str) -> float:
+    """Return the measured wall time of a run's training and evaluation, in seconds."""
+    return gpu_seconds(_events(workspace.run(run_id)))
+
+
+def is_cap_reached(gpu_hours: float, seconds: float) -> bool:
+    """Tell whether so many seconds use up a limit; half a second is not worth a start."""
+    return seconds >= gpu_hours * 3600 - 0.5
+
+
 def _fold(paths: RunPaths, plan: Plan) -> Run:
+    return fold(plan, _events(paths))
+
+
+def _events(paths: RunPaths) -> Iterator[Event]:
     text = paths.events.read_bytes().decode("utf-8", "replace") if paths.events.exists() else ""
-    return fold(plan, parse_events(text.splitlines()))
+    return parse_events(text.splitlines())
 
 
 def list_runs(
@@ -349,6 +428,12 @@ def _folders(workspace: Workspace, marker: str) -> list[Path]:
     return sorted(path.parent for path in workspace.runs.glob(f"[0-9]*/{marker}"))
 
 
+def check_person(name: str) -> None:
+    """Refuse an approver who is nobody, or who reads like a standing rule."""
+    if not name.strip() or name.split()[0] == "rule":
+        raise InvalidInput("Approver is missing", repr(name), "give the name of a person")
+
+
 def _make_folder(workspace: Workspace, slug: str) -> str:
     if not re.fullmatch(r"[a-z0-9][a-z0-9-]*", slug):
         raise InvalidInput("Bad slug", repr(slug), "use lower case letters, digits and hyphens")
@@ -364,29 +449,31 @@ def _rejection_file(paths: RunPaths) -> Path:
     return paths.root / "rejection.yaml"
 
 
-def _environment(workspace: Workspace, proposal: Proposal) -> dict[str, Any]:
-    digests = Digests(workspace)
+def _environment(
+    workspace: Workspace, proposal: Proposal, inputs: Mapping[str, str]
+) -> dict[str, Any]:
     data = proposal.settings.get("data", {})
-    inputs = {name: workspace.path(data[name]) for name in _INPUTS if name in data}
-    record = {
+    return {
         "python": platform.python_version(),
         "platform": platform.platform(),
         "processors": os.cpu_count(),
         "memory_bytes": psutil.virtual_memory().total,
         "synth_agent": __version__,
         "packages": {name: _version(name) for name in _PACKAGES},
-        "code": {stage: code_version(digests, stage) for stage in ("process", "pretrain")},
+        "code": {
+            "process": inputs["code: data processing"],
+            "pretrain": inputs["code: training and evaluation"],
+        },
         "git_head": journal.head(workspace),
         "seeds": {
             "model": proposal.settings.get("seed"),
             "sample_cap": data.get("sample_cap_seed"),
         },
-        "inputs": {name: digests.path(path) for name, path in inputs.items()},
+        "inputs": {name: inputs[f"data.{name}"] for name in _INPUTS if name in data},
     }
-    digests.save()
-    return record
 
 
+@cache
 def _version(package: str) -> str | None:
     try:
         return metadata.version(package)

@@ -21,9 +21,10 @@ import yaml
 from synth_agent.errors import InvalidInput
 
 try:
+    from yaml import CSafeDumper as SafeDumper
     from yaml import CSafeLoader as SafeLoader
 except ImportError:
-    from yaml import SafeLoader  # type: ignore[assignment]
+    from yaml import SafeDumper, SafeLoader  # type: ignore[assignment]
 
 STAGES = ("process", "pretrain", "finetune", "evaluate")
 GPU_STAGES = frozenset(STAGES[1:])
@@ -215,9 +216,24 @@ class Comparison:
     """Percentage points, this run minus the parent."""
     low: float
     high: float
-    """95 % paired bootstrap interval of the difference."""
+    """Interval of the difference. With a `basis` it covers questions, seeds and tries; without, it
+    is the 95 % paired bootstrap over questions."""
     num_questions: int
     verdict: Verdict
+    expected: float | None = None
+    """What is left to expect of the difference, since it was looked at among others."""
+    tries: int = 1
+    """Candidates compared with the parent so far, this one included."""
+    seeds: int = 1
+    parent_seeds: int = 1
+    question_sd: float | None = None
+    """Standard deviations, percentage points: of the difference over questions, and of one run's
+    score over seeds."""
+    seed_sd: float | None = None
+    assumed: bool = False
+    """Whether `seed_sd` is assumed rather than measured in this workspace."""
+    basis: str = ""
+    """What the interval rests on, in words."""
 
 
 @dataclass(frozen=True)
@@ -441,20 +457,20 @@ def gpu_seconds(events: Iterable[Event]) -> float:
 
 def dump_plan(plan: Plan) -> str:
     """Return a plan as YAML whose last line is the sha256 of the lines before it."""
-    body: str = yaml.safe_dump(
-        _plain(asdict(plan) | {"proposal": plan.proposal.content()}),
-        sort_keys=False,
-        allow_unicode=True,
-        width=100,
-    )
+    body = _yaml(asdict(plan) | {"proposal": plan.proposal.content()})
     return body + _seal(body.encode())
 
 
 def dump_proposal(proposal: Proposal) -> str:
     """Return a proposal as YAML."""
-    return yaml.safe_dump(
-        _plain(proposal.content()), sort_keys=False, allow_unicode=True, width=100
+    return _yaml(proposal.content())
+
+
+def _yaml(value: Mapping[str, Any]) -> str:
+    text: str = yaml.dump(
+        _plain(value), Dumper=SafeDumper, sort_keys=False, allow_unicode=True, width=100
     )
+    return text
 
 
 def load_plan(path: Path) -> Plan:

@@ -101,7 +101,7 @@ def build_process(context: Context) -> Stage:
         name: context.digests.path(workspace.path(data[name])) for name in ("seed", "original")
     }
     inputs["images"] = context.digests.path(workspace.path(data["images"]))
-    for named in sorted(_named_paths(steps_of(recipe), workspace)):
+    for named in sorted(named_paths(steps_of(recipe), workspace)):
         inputs[f"recipe: {named}"] = context.digests.path(workspace.path(named))
     cap = {name: data[name] for name in ("sample_cap", "sample_cap_seed")}
     key = digest(["process", code_version(context.digests, "process"), recipe, cap, inputs])
@@ -244,7 +244,7 @@ def _program(module: str, config: Path, context: Context, stage: str) -> tuple[s
     return (sys.executable, "-m", module, "--config", str(config), "--progress", progress)
 
 
-def _named_paths(value: object, workspace: Workspace) -> set[str]:
+def named_paths(value: object, workspace: Workspace) -> set[str]:
     """Return the texts of a recipe that name an existing file or folder, such as a model."""
     if isinstance(value, str):
         # What operators write under artifacts/ comes out of a run and does not go into it.
@@ -253,7 +253,7 @@ def _named_paths(value: object, workspace: Workspace) -> set[str]:
     if isinstance(value, Mapping):
         value = list(value.values())
     if isinstance(value, (list, tuple)):
-        return {name for item in value for name in _named_paths(item, workspace)}
+        return {name for item in value for name in named_paths(item, workspace)}
     return set()
 
 

@@ -14,7 +14,7 @@ from synth_agent.changes import read_changes
 from synth_agent.data import without_markers
 from synth_agent.errors import SynthAgentError
 from synth_agent.runs import Run
-from synth_agent.wording import BENCHMARK_NAMES, SEED_CAVEAT, benchmark_name
+from synth_agent.wording import BENCHMARK_NAMES, basis_words, benchmark_name
 from synth_agent.workspace import Workspace
 
 
@@ -44,10 +44,9 @@ def write_summary(workspace: Workspace, run: Run) -> Path:
         lines += [
             "",
             f"{benchmark_name(name)} against {c.parent}: {c.difference:+.2f} points, "
-            f"95 % interval {c.low:+.2f} to {c.high:+.2f}: {c.verdict}.",
+            f"interval {c.low:+.2f} to {c.high:+.2f}: {c.verdict}. "
+            + basis_words(c.difference, c.expected, c.basis),
         ]
-    if run.comparisons:
-        lines += ["", SEED_CAVEAT]
     path = workspace.run(run.id).summary
     path.write_text("\n".join(lines) + "\n", "utf-8")
     return path

@@ -14,6 +14,16 @@ def benchmark_name(benchmark: str) -> str:
     return BENCHMARK_NAMES.get(benchmark, benchmark)
 
 
+def basis_words(difference: float, expected: float | None, basis: str) -> str:
+    """Return what to expect of a difference and what its interval rests on.
+
+    A comparison without a basis has an interval over questions only.
+    """
+    if not basis or expected is None:
+        return SEED_CAVEAT
+    return f"Claimed {difference:+.1f}, expect {expected:+.1f}: {basis}."
+
+
 def duration(seconds: float | None) -> str:
     """Return a time span as people say it: `48 s`, `3 min 05 s`, `2 h 10 min`."""
     if seconds is None:

@@ -31,17 +31,21 @@ import psutil
 from synth_agent import __version__, journal
 from synth_agent.digests import Digests
 from synth_agent.errors import EXIT_OK, Busy, InvalidInput, SynthAgentError
+from synth_agent.gate import check_approval
 from synth_agent.pipeline import (
-    compare_runs,
+    gpu_seconds_of,
+    is_cap_reached,
     last_lines,
+    load_approved,
     load_run,
     question_scores,
     read_events,
 )
 from synth_agent.referee import interval, overall
-from synth_agent.runs import EventLog, Plan, Run, Score, Verdict, load_plan, now
+from synth_agent.runs import GPU_STAGES, EventLog, Plan, Run, Score, Verdict, now
 from synth_agent.stage_plan import BUILDERS, Context, Stage, StageBuilder
 from synth_agent.summary import write_index, write_summary
+from synth_agent.verdicts import compare_runs
 from synth_agent.workspace import Workspace, open_workspace, stage_environment
 
 GRACE_SECONDS = 40.0
@@ -55,18 +59,46 @@ class StageFailed(SynthAgentError):
 
 
 class Cancelled(Exception):
-    """The run was asked to stop."""
+    """The run was asked to stop; the text says by what."""
 
 
 class CancelFlag:
-    """Set by SIGTERM or SIGINT, read by the stage loop."""
+    """Set by SIGTERM or SIGINT, or when the run's GPU-hours are used up; read by the stage loop."""
 
     def __init__(self) -> None:
         self.requested = False
+        self.reason = "stopped on request"
+        self._gpu_hours: float | None = None
+        self._spent = 0.0
+        self._since: float | None = None
 
     def request(self, number: int, frame: FrameType | None) -> None:
         """Handle the signal."""
         self.requested = True
+
+    def limit(self, gpu_hours: float | None, spent: float) -> None:
+        """Set the cap, in hours, and the seconds that count against it already."""
+        self._gpu_hours, self._spent = gpu_hours, spent
+
+    def start(self, stage: str) -> None:
+        """Count the time from here on if it is a stage that counts."""
+        self._since = time.monotonic() if stage in GPU_STAGES else None
+        self.look()
+
+    def end(self) -> None:
+        """Count no longer."""
+        if self._since is not None:
+            self._spent += time.monotonic() - self._since
+        self._since = None
+
+    def look(self) -> bool:
+        """Return whether to stop."""
+        if self._gpu_hours is not None and self._since is not None and not self.requested:
+            spent = self._spent + time.monotonic() - self._since
+            if is_cap_reached(self._gpu_hours, spent):
+                self.requested = True
+                self.reason = f"stopped by its limit of {self._gpu_hours:g} GPU-hours"
+        return self.requested
 
 
 class ProgressTail:
@@ -126,8 +158,11 @@ def work(
 
     Raises:
         InvalidInput: If the plan is not the one that was approved.
+        Conflict: If what it runs changed since it was approved.
     """
-    plan = load_plan(workspace.run(run_id).plan)
+    plan = load_approved(workspace, run_id)
+    check_approval(workspace, plan)
+    flag.limit(plan.proposal.limits.gpu_hours, gpu_seconds_of(workspace, run_id))
     before = load_run(workspace, run_id)
     events = EventLog(workspace.run(run_id).events)
     resumed = before.started is not None
@@ -142,16 +177,20 @@ def work(
         for run in (before, *_others(workspace, run_id)):
             end_survivor(run)
         outputs = _run_stages(workspace, plan, builders, events, flag)
-        verdict, message = _judge(workspace, plan, outputs["evaluate"], events)
+        if plan.proposal.limits.data_only:
+            verdict, message = None, "data only: no training was approved"
+        else:
+            verdict, message = _judge(workspace, plan, outputs["evaluate"], events)
         events.append(
             "run_finished", status="succeeded", verdict=verdict, message=message, error=None
         )
-    except Cancelled:
-        _finish(events, "cancelled", None)
+    except Cancelled as stop:
+        _finish(events, "cancelled", str(stop), None)
     except SynthAgentError as error:
-        _finish(events, "failed", error)
+        _finish(events, "failed", error.message, error)
     except OSError as error:
-        _finish(events, "failed", _system_error(workspace, error))
+        failure = _system_error(workspace, error)
+        _finish(events, "failed", failure.message, failure)
     finally:
         events.close()
     _record(workspace, run_id)
@@ -217,8 +256,11 @@ def _run_stages(
 ) -> dict[str, Path]:
     digests, outputs = Digests(workspace), dict[str, Path]()
     for name, build in builders.items():
+        if plan.proposal.limits.data_only and name != "process":
+            break
         if flag.requested:
-            raise Cancelled
+            raise Cancelled(flag.reason)
+        check_approval(workspace, plan, digests, finished=outputs)
         stage = build(Context(workspace, plan, digests, dict(outputs)))
         digests.save()
         if stage.output.is_dir() and not stage.missing(stage.output):
@@ -226,7 +268,13 @@ def _run_stages(
             result = _result(stage)
             events.append("stage_reused", stage=name, key=stage.key, output=relative, result=result)
         else:
-            _run_stage(workspace, plan.run_id, stage, events, flag)
+            flag.start(name)
+            if flag.requested:
+                raise Cancelled(flag.reason)
+            try:
+                _run_stage(workspace, plan.run_id, stage, events, flag)
+            finally:
+                flag.end()
         outputs[name] = stage.output
     return outputs
 
@@ -270,7 +318,7 @@ def _run_stage(
         error=error,
     )
     if status == "cancelled":
-        raise Cancelled
+        raise Cancelled(flag.reason)
     if error is not None:
         raise StageFailed(error["title"], error["message"], error.get("hint", ""))
 
@@ -306,7 +354,7 @@ def _run_command(
             pid_started=pid_started,
             command=list(command),
         )
-        while process.poll() is None and not flag.requested:
+        while process.poll() is None and not flag.look():
             tail.forward()
             time.sleep(_POLL_SECONDS)
     finally:
@@ -411,13 +459,13 @@ def read_score(workspace: Workspace, folder: Path) -> Score:
     )
 
 
-def _finish(events: EventLog, status: str, error: SynthAgentError | None) -> None:
+def _finish(events: EventLog, status: str, message: str, error: SynthAgentError | None) -> None:
     try:
         events.append(
             "run_finished",
             status=status,
             verdict="failed" if status == "failed" else None,
-            message=error.message if error else "stopped on request",
+            message=message,
             error=error.as_dict() if error else None,
         )
     except OSError as cause:

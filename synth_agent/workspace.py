@@ -125,7 +125,28 @@ class ComputeSettings(_Section):
 class PlannerSettings(_Section):
     """Who proposes the next recipe."""
 
-    kind: Literal["builtin"] = "builtin"
+    kind: Literal["builtin", "llm", "replay"] = "builtin"
+    """`llm` asks the model at OPENAI_BASE_URL with OPENAI_API_KEY; `replay` repeats a transcript."""
+    model: str = ""
+    """Name of the model as its server knows it."""
+    transcript: str = ""
+    """File that `replay` repeats."""
+    context_tokens: int = Field(4000, ge=1000, le=200_000)
+    """Most tokens of what the model is told of the workspace and its runs."""
+    timeout_seconds: float = Field(120.0, gt=0, le=3600)
+    first_token_seconds: float = Field(60.0, gt=0, le=3600)
+    retries: int = Field(4, ge=0, le=20)
+    max_tokens: int = Field(4096, ge=256, le=200_000)
+    """Most room of a reply."""
+    temperature: float = Field(0.2, ge=0, le=2)
+    price_per_million_input: float | None = Field(None, ge=0)
+    price_per_million_output: float | None = Field(None, ge=0)
+    spend_cap: float | None = Field(None, ge=0)
+    """Most money of a day, in the currency of the prices."""
+    token_cap: int = Field(500_000, ge=1)
+    """Most tokens of a day."""
+    structured: Literal["auto", "schema", "tools", "json", "text"] = "auto"
+    """How a reply is held to its form; `auto` finds out what the server can."""
 
 
 class Settings(_Section):
@@ -302,6 +323,12 @@ def _keys_at(location: tuple[Any, ...]) -> list[str]:
             return []
         model = annotation
     return list(model.model_fields)
+
+
+def endpoint_access() -> tuple[str, str | None]:
+    """Return OPENAI_BASE_URL, or the official address, and OPENAI_API_KEY, None when it is not set."""
+    address = os.environ.get("OPENAI_BASE_URL") or "https://api.openai.com/v1"
+    return address, os.environ.get("OPENAI_API_KEY") or None
 
 
 def stage_environment(workspace: Workspace) -> dict[str, str]:

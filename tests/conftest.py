@@ -9,6 +9,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from PIL import ImageFile
 
 from synth_agent.workspace import Workspace, open_workspace
 
@@ -24,6 +25,12 @@ def refuse_network(monkeypatch: pytest.MonkeyPatch) -> None:
         connect(self, address)  # type: ignore[arg-type]
 
     monkeypatch.setattr(socket.socket, "connect", local_only)
+
+
+@pytest.fixture(autouse=True)
+def refuse_half_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Undo what importing Data-Juicer in a test's process does to Pillow."""
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", False)
 
 
 @pytest.fixture(autouse=True, scope="module")

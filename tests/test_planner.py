@@ -1,13 +1,16 @@
-"""The built-in planner: baseline first, then by evidence, never again what was tried or rejected."""
+"""The built-in planner: baseline first, then what teaches most; never what was tried or rejected."""
 
+import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from synth_agent.errors import InvalidInput
-from synth_agent.planner import BuiltinPlanner, propose_recipe
+from synth_agent.planner import BuiltinPlanner, propose_recipe, workspace_settings
+from synth_agent.planner.builtin import predict
 from synth_agent.recipes import load_recipe
-from synth_agent.runs import Plan, Proposal, Rejection, Run
+from synth_agent.runs import Plan, Proposal, Rejection, Run, Score
 from synth_agent.workspace import Workspace
 
 HEAD = "skip_op_error: false\nnp: 1\nauto_op_parallelism: false\n"
@@ -33,32 +36,140 @@ def workspace(git_workspace: Workspace) -> Workspace:
     return git_workspace
 
 
-def finished(proposal: Proposal, number: int) -> Run:
+def scored(benchmark: str, percent: float) -> Score:
+    return Score(
+        benchmark, "val", "accuracy", percent, percent - 2, percent + 2, 0.0, 500, "", "", "x"
+    )
+
+
+def finished(proposal: Proposal, number: int, **scores: float) -> Run:
     run_id = f"{number:04d}-{proposal.slug}"
-    return Run(run_id, Plan(run_id, proposal, "a test", "", proposal.sha256), "succeeded")
+    run = Run(run_id, Plan(run_id, proposal, "a test", "", proposal.sha256), "succeeded")
+    run.scores = {name: scored(name, percent) for name, percent in scores.items()}
+    return run
 
 
-def test_the_order_is_baseline_then_evidence_then_nothing(workspace: Workspace) -> None:
+def proposed(workspace: Workspace, history: list[Run], *rejections: Rejection) -> Proposal:
+    proposal = BuiltinPlanner().propose(workspace, history, rejections)
+    assert proposal is not None
+    return proposal
+
+
+def baseline_run(workspace: Workspace, **scores: float) -> Run:
+    return finished(proposed(workspace, []), 1, **scores)
+
+
+def test_the_baseline_comes_first_then_each_recipe_once_then_nothing(workspace: Workspace) -> None:
     history: list[Run] = []
     order = []
     while (proposal := BuiltinPlanner().propose(workspace, history, ())) is not None:
         order.append(proposal.recipe["name"])
         history.append(finished(proposal, len(order)))
-    assert order == ["baseline", "strong", "weak", "unknown"]
+    assert order[0] == "baseline"
+    assert sorted(order[1:]) == ["strong", "unknown", "weak"]
+    assert order.index("strong") < order.index("weak")
     assert history[0].plan.proposal.parent is None
     assert {run.plan.proposal.parent for run in history[1:]} == {"0001-baseline"}
 
 
 def test_a_rejected_recipe_is_not_proposed_again(workspace: Workspace) -> None:
-    baseline = BuiltinPlanner().propose(workspace, (), ())
-    assert baseline is not None
-    history = [finished(baseline, 1)]
-    first = BuiltinPlanner().propose(workspace, history, ())
-    assert first is not None
-    rejection = Rejection("0002-strong", first, "too dear", "a test", "")
-    second = BuiltinPlanner().propose(workspace, history, [rejection])
-    assert second is not None
-    assert second.recipe["name"] == "weak"
+    history = [baseline_run(workspace, textvqa=50.0, mmbench=50.0)]
+    first = proposed(workspace, history)
+    rejection = Rejection("0002-x", first, "too dear", "a test", "")
+    second = proposed(workspace, history, rejection)
+    assert second.recipe["name"] != first.recipe["name"]
+
+
+def test_a_leader_inside_the_noise_is_repeated_with_another_seed(workspace: Workspace) -> None:
+    for name in ("weak", "unknown"):
+        (workspace.recipes / f"{name}.yaml").unlink()
+    history = [baseline_run(workspace, textvqa=50.0, mmbench=50.0)]
+    first = proposed(workspace, history)
+    assert (first.kind, first.recipe["name"]) == ("explore", "strong")
+    history.append(finished(first, 2, textvqa=50.0, mmbench=51.0))
+    again = proposed(workspace, history)
+    assert again.kind == "replicate"
+    assert again.recipe == first.recipe
+    assert again.settings["seed"] == first.settings["seed"] + 1
+    assert "0002-strong" in again.evidence
+    assert "another run with seed" in again.reason
+
+
+def test_a_clear_leader_is_not_repeated_and_a_loser_neither(workspace: Workspace) -> None:
+    for name in ("weak", "unknown"):
+        (workspace.recipes / f"{name}.yaml").unlink()
+    history = [baseline_run(workspace, textvqa=50.0, mmbench=50.0)]
+    first = proposed(workspace, history)
+    for percent in (80.0, 20.0):
+        run = finished(first, 2, textvqa=percent, mmbench=percent)
+        assert BuiltinPlanner().propose(workspace, [*history, run], ()) is None
+
+
+def test_the_parts_of_a_leading_combination_are_asked_for(workspace: Workspace) -> None:
+    for name in ("strong", "weak", "unknown"):
+        (workspace.recipes / f"{name}.yaml").unlink()
+    text = (
+        "# title: Both\n# reason: b\n"
+        + HEAD
+        + ("process:\n- words_num_filter: {min_num: 3}\n- image_shape_filter: {min_width: 64}\n")
+    )
+    (workspace.recipes / "both.yaml").write_text(text)
+    history = [baseline_run(workspace, textvqa=50.0, mmbench=50.0)]
+    history.append(finished(proposed(workspace, history), 2, textvqa=80.0, mmbench=80.0))
+    proposal = proposed(workspace, history)
+    assert proposal.kind == "ablate"
+    assert len(proposal.recipe["process"]) == 1
+    assert proposal.slug.startswith("both-without-")
+
+
+def test_a_proposal_says_what_it_expects_and_what_would_refute_it(workspace: Workspace) -> None:
+    history = [baseline_run(workspace, textvqa=50.0, mmbench=50.0)]
+    proposal = proposed(workspace, history)
+    assert {one.benchmark for one in proposal.predictions} == {"textvqa", "mmbench"}
+    for one in proposal.predictions:
+        assert one.low < one.expected < one.high
+        assert one.by == "built-in model"
+    assert proposal.hypothesis
+    assert proposal.refuted_by
+    assert "Expected gain" in proposal.reason
+    assert "80 %" in proposal.reason
+
+
+def test_results_move_the_prediction_of_relatives(workspace: Workspace) -> None:
+    history = [baseline_run(workspace, textvqa=50.0, mmbench=50.0)]
+    strong = load_recipe(workspace.recipes / "strong.yaml")
+    unknown = load_recipe(workspace.recipes / "unknown.yaml")
+    settings = workspace_settings(workspace)
+    before = predict(workspace, unknown, settings, history)
+    run = finished(propose_recipe(workspace, strong, history), 2, textvqa=30.0, mmbench=30.0)
+    after = predict(workspace, unknown, settings, [*history, run])
+    assert [one.expected for one in after] < [one.expected for one in before]
+    against = predict(workspace, strong, settings, [*history, run], parent=run)
+    assert all(abs(one.expected) < 1e-6 for one in against)
+    baseline = load_recipe(workspace.recipes / "baseline.yaml")
+    assert predict(workspace, baseline, settings, history) == ()
+
+
+def test_a_filter_that_removes_nothing_is_not_proposed(workspace: Workspace) -> None:
+    for name in ("strong", "weak"):
+        (workspace.recipes / f"{name}.yaml").unlink()
+    seed = workspace.path(workspace.settings.data.seed)
+    seed.parent.mkdir(parents=True)
+    lines = [
+        {"id": str(n), "text": "one two three four five six seven", "images": []} for n in (1, 2)
+    ]
+    seed.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    keeps_all = load_recipe(workspace.recipes / "unknown.yaml")
+    history = [baseline_run(workspace, textvqa=50.0, mmbench=50.0)]
+    history[0].stages["process"].result = {"kept": 2, "digest": "the same"}
+    run = replace(finished(propose_recipe(workspace, keeps_all, history), 2), status="cancelled")
+    run.stages["process"].result = {"kept": 2, "digest": "the same"}
+    history.append(run)
+    assert BuiltinPlanner().propose(workspace, history, ()) is None
+    chosen = propose_recipe(workspace, keeps_all, history)
+    assert "keeps exactly the samples of the baseline" in chosen.reason
+    run.stages["process"].result = {"kept": 1, "digest": "another"}
+    assert proposed(workspace, history).recipe["name"] == "unknown"
 
 
 def test_the_same_history_gives_the_same_proposal(workspace: Workspace) -> None:
@@ -93,6 +204,9 @@ def test_a_recipe_without_its_model_waits(workspace: Workspace) -> None:
     baseline = BuiltinPlanner().propose(workspace, (), ())
     assert baseline is not None
     history = [finished(baseline, 1)]
-    proposal = BuiltinPlanner().propose(workspace, history, ())
-    assert proposal is not None
-    assert proposal.recipe["name"] == "weak"
+    left = {"weak", "unknown"}
+    while left:
+        proposal = proposed(workspace, history)
+        left.remove(proposal.recipe["name"])
+        history.append(finished(proposal, len(history) + 1))
+    assert proposed(workspace, history).recipe["name"] == "strong"

@@ -90,6 +90,11 @@ def _parameters(spec: OperatorSpec, generator: random.Random) -> dict[str, Any]:
         values["overlap_len"] = generator.randrange(values["max_len"])
     elif "overlap_len" in values:
         del values["overlap_len"]
+    if "num_bands" in spec.parameters:
+        most = values.get("num_permutations", spec.parameters["num_permutations"].default)
+        rows = generator.randint(1, min(8, most))
+        bands = generator.randint(1, most // rows)
+        values |= {"num_bands": bands, "num_rows_per_band": rows}
     if generator.random() < 0.3:
         values["num_proc"] = generator.choice((0, 1, 2))
     return values

@@ -15,16 +15,20 @@ from typing import Any, NoReturn
 
 @functools.cache
 def guard() -> None:
-    """Block installs, leave stderr alone, and free models only when torch was imported.
+    """Block installs, leave stderr and Pillow alone, and free models only when torch was imported.
 
     Data-Juicer sends stderr into a logger that writes files from a thread. When such a file cannot be
     written, on a full disk, the thread reports that to stderr, so to itself, and the process hangs.
     Every operator's run ends with `free_models`, which imports torch to look for a GPU; recipes
-    that only read text would wait several seconds for nothing.
+    that only read text would wait several seconds for nothing. Importing it makes Pillow take half a
+    picture for a whole one, everywhere in the process.
     """
     import data_juicer.config.config as config
     import data_juicer.format.formatter as formatter
     import data_juicer.utils.lazy_loader as lazy_loader
+    from PIL import ImageFile
+
+    ImageFile.LOAD_TRUNCATED_IMAGES = False
 
     def refuse(cls: type, package: str, /, *arguments: object, **options: object) -> NoReturn:
         raise ImportError(f"Data-Juicer needs the package {package!r}, which is not installed")
