@@ -362,6 +362,18 @@ class Run:
     finished: str | None = None
     notes: list[str] = field(default_factory=list)
 
+    @property
+    def is_measured(self) -> bool:
+        """Whether it ended with scores; a run that was limited to its data ends without."""
+        return self.status == "succeeded" and bool(self.scores)
+
+    @property
+    def settles(self) -> bool:
+        """Whether its experiment need not be proposed again: it was done, is under way or failed."""
+        if self.plan.proposal.limits.data_only:
+            return False
+        return self.status in ("succeeded", "failed", "running", "interrupted", "approved")
+
     def apply(self, event: Event) -> None:
         """Take one event into account."""
         handler = getattr(self, f"_on_{event.kind}", None)

@@ -10,7 +10,7 @@ from synth_agent.errors import InvalidInput
 from synth_agent.planner import BuiltinPlanner, propose_recipe, workspace_settings
 from synth_agent.planner.builtin import predict
 from synth_agent.recipes import load_recipe
-from synth_agent.runs import Plan, Proposal, Rejection, Run, Score
+from synth_agent.runs import Limits, Plan, Proposal, Rejection, Run, Score
 from synth_agent.workspace import Workspace
 
 HEAD = "skip_op_error: false\nnp: 1\nauto_op_parallelism: false\n"
@@ -210,3 +210,13 @@ def test_a_recipe_without_its_model_waits(workspace: Workspace) -> None:
         left.remove(proposal.recipe["name"])
         history.append(finished(proposal, len(history) + 1))
     assert proposed(workspace, history).recipe["name"] == "strong"
+
+
+def test_a_run_of_the_data_alone_is_no_baseline_and_settles_nothing(workspace: Workspace) -> None:
+    baseline = proposed(workspace, [])
+    processed = finished(replace(baseline, limits=Limits(data_only=True)), 1)
+    assert proposed(workspace, [processed]).kind == "baseline"
+    measured = baseline_run(workspace, textvqa=20, mmbench=40)
+    first = proposed(workspace, [measured])
+    looked_at = finished(replace(first, limits=Limits(data_only=True)), 2)
+    assert proposed(workspace, [measured, looked_at]).slug == first.slug

@@ -313,7 +313,7 @@ def _distinct(
     for recipe in recipes:
         found.setdefault(_key(recipe), recipe)
     for run in history:
-        if run.status == "succeeded" and comparable(run, settings):
+        if run.is_measured and comparable(run, settings):
             mapping = {k: v for k, v in run.plan.proposal.recipe.items() if k != "name"}
             recipe = replace(
                 recipe_from_mapping(run.plan.proposal.slug, mapping), title=run.plan.proposal.title
@@ -329,10 +329,7 @@ def _runs_of(
     return tuple(
         run.id
         for run in history
-        if run.status == "succeeded"
-        and run.scores
-        and comparable(run, settings)
-        and same_steps(run, recipe)
+        if run.is_measured and comparable(run, settings) and same_steps(run, recipe)
     )
 
 

@@ -159,7 +159,7 @@ def finished_baseline(
 ) -> Run | None:
     """Return the latest succeeded run of the baseline recipe under these settings."""
     for run in reversed(history):
-        if run.status == "succeeded" and _is_same(run.plan.proposal, recipe, settings):
+        if run.is_measured and _is_same(run.plan.proposal, recipe, settings):
             return run
     return None
 
@@ -245,7 +245,7 @@ def _recipe_proposal(
     history: Sequence[Run],
 ) -> Proposal:
     same = [run for run in history if _is_same(run.plan.proposal, recipe, settings)]
-    repeated = any(run.status == "succeeded" for run in same)
+    repeated = any(run.is_measured for run in same)
     kind: Kind = "replicate" if repeated else "explore"
     return Proposal(
         title=recipe.title,
@@ -370,11 +370,7 @@ def _reversed_name(name: str) -> str:
 
 
 def _was_tried(recipe: Recipe, settings: Mapping[str, Any], history: Sequence[Run]) -> bool:
-    return any(
-        _is_same(run.plan.proposal, recipe, settings)
-        for run in history
-        if run.status in ("succeeded", "failed", "running", "interrupted", "approved")
-    )
+    return any(_is_same(run.plan.proposal, recipe, settings) for run in history if run.settles)
 
 
 def _was_rejected(

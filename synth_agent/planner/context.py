@@ -279,7 +279,7 @@ def imported_lines(workspace: Workspace) -> list[str]:
 
 
 def _baseline(workspace: Workspace, runs: Sequence[Run]) -> list[str]:
-    done = [run for run in runs if run.status == "succeeded"]
+    done = [run for run in runs if run.is_measured]
     baseline = next((r for r in reversed(done) if r.plan.proposal.kind == "baseline"), None)
     if baseline is None:
         return ["No baseline has succeeded yet: it comes first."]

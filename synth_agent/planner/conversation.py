@@ -171,7 +171,7 @@ class Conversation:
         """
         runs, rejections = self._load(self._workspace)
         wishes = wishes_after(self._wishes, instruction)
-        if not any(r.status == "succeeded" and r.plan.proposal.kind == "baseline" for r in runs):
+        if not any(r.is_measured and r.plan.proposal.kind == "baseline" for r in runs):
             self._wishes = wishes
             return self._built_in(runs, rejections, "The baseline comes first; no model was asked.")
         talk = _Talk(self, on_text, is_cancelled)

@@ -86,7 +86,7 @@ def gather(
         baseline: The recipe that all differences are to.
         settings: The settings that the next run would have.
     """
-    usable = [run for run in history if run.status == "succeeded" and comparable(run, settings)]
+    usable = [run for run in history if run.is_measured and comparable(run, settings)]
     names = dict.fromkeys(name for run in usable for name in run.scores)
     names = names or dict.fromkeys(BENCHMARK_NAMES)
     return {name: _of_benchmark(name, recipes, usable, baseline, settings) for name in names}

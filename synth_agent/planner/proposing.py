@@ -44,7 +44,6 @@ _KNOWN_FIELDS = frozenset({"kind", "recipe", "hypothesis", "parent", "prediction
 _LEAST_FIELDS = 2
 _WRAPPERS = ("proposal", "arguments", "parameters")
 _SLUG = re.compile(r"[a-z0-9][a-z0-9-]{0,47}")
-_LAST_STATES = ("succeeded", "failed", "running", "interrupted", "approved")
 _COMPARED = ("data", "model", "evaluate")
 """Sections that have to be equal for two runs to be comparable."""
 
@@ -313,7 +312,7 @@ def _given(value: Mapping[str, Any]) -> _GivenProposal:
 
 def _parent(given: _GivenProposal, known: Known) -> Run | None:
     """Return the run that the proposal is compared with; None for the first baseline."""
-    done = {run.id: run for run in known.runs if run.status == "succeeded"}
+    done = {run.id: run for run in known.runs if run.is_measured}
     if given.kind == "baseline":
         if given.parent is not None:
             raise InvalidInput("Baseline has a parent", "field parent", "write null")
@@ -327,9 +326,9 @@ def _parent(given: _GivenProposal, known: Known) -> Run | None:
     states = {run.id: run.status for run in known.runs}
     if given.parent in states:
         raise InvalidInput(
-            "Parent has not succeeded",
+            "Parent was not measured",
             f"field parent: {given.parent} is {states[given.parent]}",
-            "name a run that has succeeded",
+            "name a run that ended with scores",
         )
     raise InvalidInput(
         "No such run",
@@ -563,7 +562,7 @@ def _check_untried(
 ) -> None:
     mine = _identity(recipe, settings, with_seed=given.kind == "replicate")
     for run in known.runs:
-        if run.status in _LAST_STATES and _is(run.plan.proposal, mine):
+        if run.settles and _is(run.plan.proposal, mine):
             hint = "propose something else, or a replicate of it"
             raise InvalidInput("It was tried", f"run {run.id} ({run.status})", hint)
     for rejection in known.rejections:
