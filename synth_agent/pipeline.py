@@ -32,6 +32,7 @@ from synth_agent.errors import Busy, Conflict, InvalidInput, SynthAgentError
 from synth_agent.gate import approved_inputs, check_approval, check_limits, folder_inputs
 from synth_agent.referee import compare_scores
 from synth_agent.runs import (
+    BUILTIN_PLANNER,
     Comparison,
     Event,
     Plan,
@@ -46,6 +47,7 @@ from synth_agent.runs import (
     now,
     parse_events,
     proposal_from,
+    today,
 )
 from synth_agent.workspace import RunPaths, Workspace, stage_environment
 
@@ -147,6 +149,7 @@ def approve(
     recipe = {key: value for key, value in proposal.recipe.items() if key != "name"}
     paths.proposal.write_text(dump_proposal(proposal), "utf-8")
     paths.recipe.write_text(yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True), "utf-8")
+    _keep_transcript(workspace, proposal, paths)
     environment = json.dumps(_environment(workspace, proposal, inputs), indent=2) + "\n"
     paths.environment.write_text(environment, "utf-8")
     inputs |= folder_inputs(workspace, run_id)
@@ -173,10 +176,18 @@ def reject(workspace: Workspace, proposal: Proposal, *, reason: str, by: str) ->
     run_id = _make_folder(workspace, proposal.slug)
     paths = workspace.run(run_id)
     paths.proposal.write_text(dump_proposal(proposal), "utf-8")
+    _keep_transcript(workspace, proposal, paths)
     record = {"reason": reason, "by": by, "at": now(), "sha256": proposal.sha256}
     _rejection_file(paths).write_text(yaml.safe_dump(record, sort_keys=False), "utf-8")
     journal.commit(workspace, [paths.root], f"run: {run_id} rejected", {"Run": run_id})
     return run_id
+
+
+def _keep_transcript(workspace: Workspace, proposal: Proposal, paths: RunPaths) -> None:
+    """Copy the day's exchanges with the model beside a proposal that it made."""
+    exchanges = workspace.transcript(today())
+    if BUILTIN_PLANNER not in proposal.proposed_by and exchanges.is_file():
+        shutil.copyfile(exchanges, paths.transcript)
 
 
 def launch(workspace: Workspace, plan: Plan, *, program: Sequence[str] = _WORKER) -> int:

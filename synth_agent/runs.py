@@ -26,6 +26,8 @@ try:
 except ImportError:
     from yaml import SafeDumper, SafeLoader  # type: ignore[assignment]
 
+BUILTIN_PLANNER = "built-in planner"
+"""Who proposes when no model and no person does."""
 STAGES = ("process", "pretrain", "finetune", "evaluate")
 GPU_STAGES = frozenset(STAGES[1:])
 """Stages whose time counts against a limit in GPU-hours."""
@@ -42,6 +44,11 @@ Verdict = Literal["baseline", "better", "worse", "inside noise", "mixed", "faile
 def now() -> str:
     """Return the current time, UTC, ISO 8601 with milliseconds."""
     return datetime.now(UTC).isoformat(timespec="milliseconds")
+
+
+def today() -> str:
+    """Return the current day, UTC, ISO 8601."""
+    return datetime.now(UTC).date().isoformat()
 
 
 def canonical_json(value: object) -> str:

@@ -205,6 +205,10 @@ class RunPaths:
         return self.root / "scores.json"
 
     @property
+    def transcript(self) -> Path:
+        return self.root / "transcript.jsonl"
+
+    @property
     def summary(self) -> Path:
         return self.root / "summary.md"
 
@@ -248,6 +252,10 @@ class Workspace:
     def logs(self, run_id: str) -> Path:
         """Return the folder of a run's stage logs (not committed)."""
         return self.artifacts / "logs" / run_id
+
+    def transcript(self, day: str) -> Path:
+        """Return where the exchanges with a model on a day, ISO 8601, are kept (not committed)."""
+        return self.artifacts / "planner" / f"{day}.jsonl"
 
     def path(self, relative: str) -> Path:
         """Resolve a path of `synth.yaml` against the root."""

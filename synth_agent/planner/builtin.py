@@ -24,7 +24,7 @@ from synth_agent.recipes import (
     steps_of,
     validate_recipe,
 )
-from synth_agent.runs import Kind, Prediction, Proposal, Rejection, Run
+from synth_agent.runs import BUILTIN_PLANNER, Kind, Prediction, Proposal, Rejection, Run
 from synth_agent.wording import benchmark_name
 from synth_agent.workspace import Workspace
 
@@ -35,8 +35,6 @@ CERTAIN_LEAD = 0.9
 """Chance that the leading recipe is the best of those measured above which it is not repeated."""
 MOST_SEEDS = 10
 """Runs of one recipe, seeds apart, that the planner proposes by itself."""
-
-_NAME = "built-in planner"
 
 
 def workspace_settings(workspace: Workspace) -> dict[str, Any]:
@@ -233,7 +231,7 @@ def _baseline_proposal(
         recipe={"name": recipe.name, **recipe.mapping()},
         settings=settings,
         cost=estimate_cost(workspace, recipe, settings, history),
-        proposed_by=_NAME,
+        proposed_by=BUILTIN_PLANNER,
     )
 
 
@@ -257,7 +255,7 @@ def _recipe_proposal(
         recipe={"name": recipe.name, **recipe.mapping()},
         settings=settings,
         cost=estimate_cost(workspace, recipe, settings, history),
-        proposed_by=_NAME,
+        proposed_by=BUILTIN_PLANNER,
     )
 
 

@@ -5,11 +5,11 @@ A session is a day: its transcript is `artifacts/planner/<date>.jsonl`, and the 
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from synth_agent.errors import InvalidInput
+from synth_agent.runs import today
 from synth_agent.workspace import Workspace, endpoint_access
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ def describe(workspace: Workspace) -> str:
 
 def session_transcript(workspace: Workspace) -> Path:
     """Return where today's exchanges are kept."""
-    return workspace.artifacts / "planner" / f"{datetime.now(UTC).date().isoformat()}.jsonl"
+    return workspace.transcript(today())
 
 
 def endpoint_settings(workspace: Workspace) -> EndpointSettings:
