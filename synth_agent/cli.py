@@ -506,7 +506,7 @@ def _compare(options: argparse.Namespace) -> int:
             f"{name:<8} {value.difference:+5.1f} points [{value.low:+.1f}, {value.high:+.1f}] "
             f"on {value.num_questions} questions: {value.verdict}"
         )
-        print(f"         {basis_words(value.difference, value.expected, value.basis)}")
+        print(f"         {basis_words(value.difference, value.expected, value.basis, value.power)}")
     return 0
 
 

@@ -170,7 +170,8 @@ def run_text(run: Run) -> str:
             f"[{comparison.low:+.1f}, {comparison.high:+.1f}] against {comparison.parent}: "
             f"{comparison.verdict}"
         )
-        words = basis_words(comparison.difference, comparison.expected, comparison.basis)
+        c = comparison
+        words = basis_words(c.difference, c.expected, c.basis, c.power)
         lines.append(f"  note     {words}")
     lines.append(f"  verdict  {run.verdict or run.status}")
     return "\n".join(lines)

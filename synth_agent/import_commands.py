@@ -39,7 +39,8 @@ def import_file(options: argparse.Namespace) -> int:
 def show(options: argparse.Namespace) -> int:
     """Print the workspace's imported tables."""
     tables = list_imported(open_workspace(options.workspace))
-    print(json.dumps([asdict(one) for one in tables]) if options.json else table_text(tables))
+    shown = table_text(tables) or "no imported results; see: synth-agent import --help"
+    print(json.dumps([asdict(one) for one in tables]) if options.json else shown)
     return 0
 
 

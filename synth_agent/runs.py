@@ -241,6 +241,8 @@ class Comparison:
     """Whether `seed_sd` is assumed rather than measured in this workspace."""
     basis: str = ""
     """What the interval rests on, in words."""
+    power: str = ""
+    """What so many seeds can tell apart, and how many this difference would take, in words."""
 
 
 @dataclass(frozen=True)

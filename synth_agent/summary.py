@@ -45,7 +45,7 @@ def write_summary(workspace: Workspace, run: Run) -> Path:
             "",
             f"{benchmark_name(name)} against {c.parent}: {c.difference:+.2f} points, "
             f"interval {c.low:+.2f} to {c.high:+.2f}: {c.verdict}. "
-            + basis_words(c.difference, c.expected, c.basis),
+            + basis_words(c.difference, c.expected, c.basis, c.power),
         ]
     path = workspace.run(run.id).summary
     path.write_text("\n".join(lines) + "\n", "utf-8")

@@ -12,11 +12,13 @@ from pathlib import Path
 from synth_agent.errors import InvalidInput, SynthAgentError
 from synth_agent.noise import SeedNoise, assumed_noise, replicate_key, replicates, seed_noise
 from synth_agent.pipeline import list_runs, question_scores, read_events
-from synth_agent.referee import Measured, judge, measure
+from synth_agent.referee import Measured, judge, measure, power_words
 from synth_agent.runs import Comparison, Run
 from synth_agent.workspace import Workspace
 
 Scores = dict[str, float]
+SMALLEST_ASKED = 1.0
+"""Percentage points: nobody asks how many seeds a smaller difference takes."""
 
 
 def compare_runs(workspace: Workspace, earlier: str, later: str) -> list[Comparison]:
@@ -76,6 +78,13 @@ class _Benchmark:
             seed_sd=judgement.seed_sd,
             assumed=judgement.assumed,
             basis=judgement.basis,
+            power=power_words(
+                min(judgement.seeds, judgement.parent_seeds),
+                max(abs(judgement.points), SMALLEST_ASKED),
+                noise,
+                judgement.question_sd,
+                tries=judgement.tries,
+            ),
         )
 
     def _scored(self) -> list[Run]:

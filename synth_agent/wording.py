@@ -14,14 +14,15 @@ def benchmark_name(benchmark: str) -> str:
     return BENCHMARK_NAMES.get(benchmark, benchmark)
 
 
-def basis_words(difference: float, expected: float | None, basis: str) -> str:
+def basis_words(difference: float, expected: float | None, basis: str, power: str = "") -> str:
     """Return what to expect of a difference and what its interval rests on.
 
     A comparison without a basis has an interval over questions only.
     """
     if not basis or expected is None:
         return SEED_CAVEAT
-    return f"Claimed {difference:+.1f}, expect {expected:+.1f}: {basis}."
+    told = f" {power[:1].upper()}{power[1:]}." if power else ""
+    return f"Claimed {difference:+.1f}, expect {expected:+.1f}: {basis}.{told}"
 
 
 def duration(seconds: float | None) -> str:

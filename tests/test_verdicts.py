@@ -75,6 +75,7 @@ def test_one_run_against_one_rests_on_an_assumed_spread(workspace: Workspace) ->
     assert one.expected is not None
     assert 30 < one.expected < 40
     assert "assumed from" in one.basis
+    assert "1 seed tells" in one.power
 
 
 def test_replicates_are_seeds_of_their_arm_and_tell_the_spread(workspace: Workspace) -> None:
