@@ -38,8 +38,8 @@ def run_program(
         work: Does the work.
     """
     stop = _Stop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, stop)
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    handlers = {number: signal.signal(number, stop) for number in numbers}
     try:
         return _run(read_settings, progress_file, work)
     except KeyboardInterrupt:
@@ -50,6 +50,9 @@ def run_program(
         if stop.number is None:
             raise
         return EXIT_TERMINATED if stop.number == signal.SIGTERM else EXIT_INTERRUPTED
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 class _Stop:

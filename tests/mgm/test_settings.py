@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import signal
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -82,15 +81,6 @@ def test_flags_may_not_be_abbreviated() -> None:
     assert caught.value.code == 2
 
 
-@pytest.fixture(autouse=True)
-def signal_handlers() -> Iterator[None]:
-    """Put the test process's own handlers back."""
-    handlers = {each: signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)}
-    yield
-    for each, handler in handlers.items():
-        signal.signal(each, handler)
-
-
 def run(error: BaseException | None, progress_file: Path | None = None) -> int:
     def work(settings: Example, progress: Progress) -> None:
         if error is not None:
@@ -121,4 +111,6 @@ def test_a_signal_decides_the_exit_code_whatever_native_code_makes_of_it(
         except SystemExit as stopped:
             raise ValueError("what a reader of weights says instead") from stopped
 
+    before = signal.getsignal(number)
     assert run_program(lambda: Example("x"), lambda settings: None, work) == code
+    assert signal.getsignal(number) == before
