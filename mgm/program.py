@@ -52,7 +52,8 @@ def run_program(
         return EXIT_TERMINATED if stop.number == signal.SIGTERM else EXIT_INTERRUPTED
     finally:
         for number, handler in handlers.items():
-            signal.signal(number, handler)
+            if handler is not None:  # None where something other than Python had set it
+                signal.signal(number, handler)
 
 
 class _Stop:
