@@ -1,4 +1,4 @@
-"""The app: five places, the gate, and the handlers that own all state.
+"""The app: six places, the gate, and the handlers that own all state.
 
 A reader over the workspace: threads read and post facts, handlers here and in the screens take
 them. It may be closed at any time; a run belongs to its worker, not to the app.
@@ -36,6 +36,7 @@ from synth_agent.ui.screens.error import ErrorScreen
 from synth_agent.ui.screens.help import HelpScreen
 from synth_agent.ui.screens.history import HistoryScreen
 from synth_agent.ui.screens.home import HomeScreen
+from synth_agent.ui.screens.planner import PlannerScreen
 from synth_agent.ui.screens.proposal import ProposalScreen
 from synth_agent.ui.screens.results import ResultsScreen
 from synth_agent.ui.screens.run import RunScreen
@@ -76,6 +77,7 @@ class SynthAgentApp(App[int]):
         Binding("3", "go('results')", "Results", show=False, id="go.results"),
         Binding("4", "go('history')", "History", show=False, id="go.history"),
         Binding("5", "go('data')", "Data", show=False, id="go.data"),
+        Binding("6", "go('planner')", "Planner", show=False, id="go.planner"),
         Binding("question_mark", "help", "Help", key_display="?", id="help"),
         Binding("ctrl+p", "command_palette", "Palette", show=False, id="palette"),
         Binding("q", "quit", "Quit", id="quit"),
@@ -100,6 +102,7 @@ class SynthAgentApp(App[int]):
             "results": self.results_screen,
             "history": HistoryScreen(self.backend),
             "data": DataScreen(self.backend),
+            "planner": PlannerScreen(self.backend),
         }
         for name, screen in self._places.items():
             self.add_mode(name, partial(_itself, screen))
@@ -175,7 +178,7 @@ class SynthAgentApp(App[int]):
 
     @on(ReviewRequested)
     def _open_gate(self, message: ReviewRequested) -> None:
-        screen = ProposalScreen(self.backend, message.proposal)
+        screen = ProposalScreen(self.backend, message.proposal, is_asked_for=message.is_asked_for)
         screen.notebook = self.notebook
         self.push_screen(screen)
 

@@ -8,19 +8,22 @@ first paint fast.
 from __future__ import annotations
 
 import getpass
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from synth_agent.changes import OperatorChanges, read_changes
 from synth_agent.errors import InvalidInput
-from synth_agent.runs import Comparison, EventTail, Plan, Proposal, Rejection, Run
+from synth_agent.runs import Comparison, EventTail, Limits, Plan, Proposal, Rejection, Run
 from synth_agent.ui.questions import Question, read_questions
 
 if TYPE_CHECKING:
+    from synth_agent.effective import Effective
     from synth_agent.overview import Overview, Relations
+    from synth_agent.planner.conversation import Conversation
     from synth_agent.recipes import DiffLine, Recipe
+    from synth_agent.rules import Standing
     from synth_agent.workspace import Workspace
 
 OperatorExamples = tuple[str, list[str], list[str]]
@@ -29,6 +32,8 @@ _LOG_BYTES = 64 * 1024
 _LOG_LINES = 400
 _BINS = 24
 _EXAMPLES = 4
+MOST_ALTERNATIVES = 3
+"""Proposals side by side, the one that is being looked at included."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +49,8 @@ class Notebook:
     """Commits that git refused so far; they are made later."""
     damaged: tuple[str, ...] = ()
     """What is wrong with each run that cannot be read."""
+    calibration: tuple[str, ...] = ()
+    """How well each predictor did, in words, once there are enough runs to say so."""
 
     def run(self, run_id: str | None) -> Run | None:
         """Return a run by its id."""
@@ -82,6 +89,9 @@ class Backend(Protocol):
     def proposal_of(self, recipe_name: str) -> Proposal: ...
     def recipe_text(self, proposal: Proposal) -> str: ...
     def edited(self, proposal: Proposal, text: str) -> Proposal: ...
+    def limited(self, proposal: Proposal, limits: Limits) -> Proposal: ...
+    def alternatives(self, proposal: Proposal) -> tuple[Proposal, ...]: ...
+    def expected_effective(self, proposal: Proposal) -> Effective | None: ...
     def validate(self, proposal: Proposal) -> None: ...
     def difference(self, proposal: Proposal) -> list[DiffLine]: ...
     def difference_of_runs(self, earlier: str, later: str) -> list[DiffLine]: ...
@@ -99,6 +109,11 @@ class Backend(Protocol):
     ) -> list[str]: ...
     def relations(self, recipe_name: str) -> Relations | None: ...
     def examples(self, recipe_name: str) -> list[OperatorExamples]: ...
+    def conversation(self) -> Conversation | None: ...
+    def planner_words(self) -> str: ...
+    def exchanges(self) -> Path: ...
+    def rules(self) -> tuple[Standing, ...]: ...
+    def revoke(self, rule_id: str) -> None: ...
 
 
 class WorkspaceBackend:
@@ -108,6 +123,7 @@ class WorkspaceBackend:
         self._workspace = workspace
         self._known_files: dict[str, list[tuple[str, int, int]]] = {}
         self._notebook: Notebook | None = None
+        self._conversation: Conversation | None = None
 
     @property
     def root(self) -> Path:
@@ -147,7 +163,8 @@ class WorkspaceBackend:
             runs = tuple(self.run(r.id) if r.id in changed else r for r in known.runs)
         rejections = tuple(pipeline.list_rejections(self._workspace))
         self._known_files = files
-        self._notebook = Notebook(runs, rejections, live, refused, damaged)
+        words = calibration_words(runs)
+        self._notebook = Notebook(runs, rejections, live, refused, damaged, words)
         return self._notebook
 
     def _files(self) -> dict[str, list[tuple[str, int, int]]]:
@@ -255,13 +272,76 @@ class WorkspaceBackend:
             reason=f"{proposal.reason} Its recipe was edited by hand before the decision.",
         )
         edited = replace(
-            self._propose(recipe),
+            self._with_settings(self._propose(recipe), recipe, proposal),
             title=proposal.title,
             reason=recipe.reason,
             proposed_by=_editor(proposal),
         )
+        if proposal.limits != Limits():
+            edited = self.limited(edited, proposal.limits)
         self.validate(edited)
         return edited
+
+    def _with_settings(self, made: Proposal, recipe: Recipe, proposal: Proposal) -> Proposal:
+        """Return a proposal for an edited recipe under the settings that were proposed with it."""
+        if made.settings == proposal.settings:
+            return made
+        from synth_agent import pipeline
+        from synth_agent.fit import estimate_cost
+        from synth_agent.planner.builtin import predict
+
+        history = pipeline.list_runs(self._workspace, lambda error: None)
+        parent = next((run for run in history if run.id == proposal.parent), None)
+        settings = proposal.settings
+        return replace(
+            made,
+            kind=proposal.kind,
+            parent=proposal.parent,
+            evidence=proposal.evidence,
+            settings=settings,
+            cost=estimate_cost(self._workspace, recipe, settings, history),
+            predictions=predict(self._workspace, recipe, settings, history, parent),
+        )
+
+    def limited(self, proposal: Proposal, limits: Limits) -> Proposal:
+        """Return the part of a proposal that keeps to limits.
+
+        Raises:
+            InvalidInput: If a limit makes no sense or is wider than one that the proposal has.
+        """
+        from synth_agent.gate import with_limits
+
+        return with_limits(proposal, limits)
+
+    def alternatives(self, proposal: Proposal) -> tuple[Proposal, ...]:
+        """Return the proposal and what the planner would do besides, each naming the others.
+
+        The one that was given comes first, unless it is not valid; one alone means that there is
+        nothing else to try.
+        """
+        from synth_agent.alternatives import propose_alternatives, side_by_side
+
+        found = propose_alternatives(self._workspace, MOST_ALTERNATIVES)
+        try:
+            self.validate(proposal)
+        except InvalidInput:
+            return found
+        others = [
+            one
+            for one in found
+            if (one.recipe, one.settings["seed"]) != (proposal.recipe, proposal.settings["seed"])
+        ]
+        shown = (proposal, *others)[:MOST_ALTERNATIVES]
+        return side_by_side(self._workspace, shown)
+
+    def expected_effective(self, proposal: Proposal) -> Effective | None:
+        """Return what training would see of a proposal's samples, None when nothing tells it."""
+        from synth_agent.fit import expected_effective
+        from synth_agent.recipes import recipe_from_mapping
+
+        mapping = {key: value for key, value in proposal.recipe.items() if key != "name"}
+        recipe = recipe_from_mapping(str(proposal.recipe["name"]), mapping)
+        return expected_effective(self._workspace, recipe, proposal.settings)
 
     def validate(self, proposal: Proposal) -> None:
         """Check all that can be checked before it runs.
@@ -315,9 +395,9 @@ class WorkspaceBackend:
         pipeline.cancel(self._workspace, run_id)
 
     def compare(self, earlier: str, later: str) -> list[Comparison]:
-        from synth_agent import pipeline
+        from synth_agent import verdicts
 
-        return list(pipeline.compare_runs(self._workspace, earlier, later))
+        return verdicts.compare_runs(self._workspace, earlier, later)
 
     def questions(self, run: Run) -> list[Question]:
         """Return the run's questions with predictions, each with its parent's score if known."""
@@ -372,6 +452,42 @@ class WorkspaceBackend:
 
         return analysis.example_lines(self._workspace, recipe_name, _EXAMPLES)
 
+    def conversation(self) -> Conversation | None:
+        """Return the talk with the workspace's model; None when no model is asked for.
+
+        Raises:
+            InvalidInput: If a setting or the key is missing.
+        """
+        from synth_agent.planner.factory import make_conversation
+
+        if self._conversation is None:
+            self._conversation = make_conversation(self._workspace)
+        return self._conversation
+
+    def planner_words(self) -> str:
+        """Return which planner proposes and what its model has used, in one line."""
+        from synth_agent.planner.factory import describe
+
+        return describe(self._workspace)
+
+    def exchanges(self) -> Path:
+        """Return the file that exchanges with the model are appended to."""
+        from synth_agent.planner.factory import session_transcript
+
+        return session_transcript(self._workspace)
+
+    def rules(self) -> tuple[Standing, ...]:
+        """Return every standing rule with what it has spent."""
+        from synth_agent import rules
+
+        return rules.standing(self._workspace)
+
+    def revoke(self, rule_id: str) -> None:
+        """End a standing rule, in the name of the person at the keyboard."""
+        from synth_agent import rules
+
+        rules.revoke(self._workspace, rule_id, by=getpass.getuser())
+
     def _answered(self, run: Run) -> list[Question]:
         found: list[Question] = []
         pictures = Path(run.plan.proposal.settings["evaluate"]["textvqa"]["images"])
@@ -385,6 +501,15 @@ class WorkspaceBackend:
                     for question in read_questions(path, score.benchmark)
                 ]
         return found
+
+
+def calibration_words(runs: Sequence[Run]) -> tuple[str, ...]:
+    """Return how well each predictor did, for those with enough runs."""
+    if not any(run.plan.proposal.predictions for run in runs):
+        return ()
+    from synth_agent.planner.calibration import calibrate
+
+    return tuple(one.words() for one in calibrate(runs) if one.is_shown)
 
 
 def _recipe_mapping(text: str) -> dict[str, Any]:

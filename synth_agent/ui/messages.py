@@ -13,8 +13,11 @@ from synth_agent.ui.questions import Question
 
 if TYPE_CHECKING:
     from synth_agent.changes import OperatorChanges
+    from synth_agent.effective import Effective
     from synth_agent.overview import Overview, Relations
     from synth_agent.recipes import DiffLine
+    from synth_agent.rules import Standing
+    from synth_agent.ui.talk import Answer, Request, Said, TalkState
 
 
 @dataclass
@@ -40,9 +43,11 @@ class Failed(Message):
 
 @dataclass
 class ReviewRequested(Message):
-    """The user wants to see a proposal at the gate."""
+    """A proposal is to be shown at the gate."""
 
     proposal: Proposal
+    is_asked_for: bool = True
+    """Whether a person has just asked to see it; otherwise keys may still be meant for elsewhere."""
 
 
 @dataclass
@@ -54,6 +59,8 @@ class ProposalReady(Message):
     text: str
     problem: str
     """Why it cannot run; empty when it can."""
+    expected: Effective | None = None
+    """What training would see of its samples."""
 
 
 @dataclass
@@ -63,6 +70,46 @@ class EditChecked(Message):
     text: str
     proposal: Proposal | None
     difference: list[DiffLine]
+    problem: str
+    expected: Effective | None = None
+
+
+@dataclass
+class AlternativesFound(Message):
+    """The planner was asked for more; one proposal alone means that there is nothing else."""
+
+    proposals: tuple[Proposal, ...]
+
+
+@dataclass
+class PlannerReady(Message):
+    """It is known who proposes: what the screen says of it, and the state of the talk."""
+
+    said: tuple[Said, ...]
+    state: TalkState
+
+
+@dataclass
+class PlannerAnswered(Message):
+    """A request to the planner ended, or was given up."""
+
+    request: Request
+    answer: Answer
+
+
+@dataclass
+class ToolsUsed(Message):
+    """The model has looked something up."""
+
+    request: Request
+    names: tuple[str, ...]
+
+
+@dataclass
+class RulesRead(Message):
+    """The standing rules were read, or why they cannot be."""
+
+    rules: tuple[Standing, ...]
     problem: str
 
 

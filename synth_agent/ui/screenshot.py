@@ -2,7 +2,7 @@
 
     python -m synth_agent.ui.screenshot WORKSPACE SCREEN OUT.svg --size 120x36
 
-SCREEN is home, proposal, run, results or history. Nothing is written but the picture.
+SCREEN is home, run, results, history, data, planner, proposal or rules. Nothing is written but the picture.
 """
 
 from __future__ import annotations
@@ -17,7 +17,16 @@ from synth_agent.errors import EXIT_OK, SynthAgentError
 from synth_agent.ui.app import SynthAgentApp
 from synth_agent.workspace import open_workspace
 
-SCREENS = {"home": "1", "run": "2", "results": "3", "history": "4", "proposal": "p"}
+SCREENS = {
+    "home": "1",
+    "run": "2",
+    "results": "3",
+    "history": "4",
+    "data": "5",
+    "planner": "6",
+    "proposal": "p",
+    "rules": "r",
+}
 _SETTLE_SECONDS = 1.0
 
 

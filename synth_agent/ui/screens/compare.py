@@ -16,7 +16,7 @@ from synth_agent.ui.screens.base import NotebookScreen
 from synth_agent.ui.text import clean
 from synth_agent.ui.widgets.drawing import Drawing
 from synth_agent.ui.widgets.recipe_diff import difference_content
-from synth_agent.ui.widgets.scoreboard import benchmarks, difference_line, forest
+from synth_agent.ui.widgets.scoreboard import benchmarks, difference_block, forest
 from synth_agent.ui.widgets.stages import sample_counts
 
 
@@ -91,4 +91,4 @@ def comparison_words(comparisons: list[Comparison], problem: str, width: int) ->
         return Content.styled(clean(problem), "$warning")
     if not comparisons:
         return Content.styled("No benchmark was answered by both runs.", "$foreground-muted")
-    return Content("\n").join(difference_line(comparison, width) for comparison in comparisons)
+    return Content("\n").join(difference_block(comparison, width) for comparison in comparisons)

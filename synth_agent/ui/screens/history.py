@@ -66,7 +66,8 @@ class HistoryScreen(NotebookScreen):
             if table.row_count
             else "No runs yet. Press 1 and start with the baseline."
         )
-        content = Content.styled(words, "$foreground-muted")
+        lines = [words, *(f"Predictions of {clean(one)}." for one in notebook.calibration)]
+        content = Content.styled("\n".join(lines), "$foreground-muted")
         self.query_one("#history-head", Drawing).show(lambda width, height: content)
         self.query_one("#history-detail").display = bool(table.row_count)
 

@@ -14,6 +14,7 @@ from synth_agent.runs import Proposal, Run
 from synth_agent.ui.backend import Backend, Notebook
 from synth_agent.ui.messages import Failed, NextProposed, ReviewRequested, RunRequested
 from synth_agent.ui.screens.base import NotebookScreen
+from synth_agent.ui.screens.rules import RulesScreen
 from synth_agent.ui.text import clean
 from synth_agent.ui.widgets.drawing import Drawing
 from synth_agent.ui.widgets.overview import (
@@ -32,6 +33,7 @@ class HomeScreen(NotebookScreen):
     BINDINGS = [
         Binding("p", "propose", "Next experiment", id="home.propose"),
         Binding("w", "watch", "Watch the run", id="home.watch"),
+        Binding("r", "rules", "Standing rules", id="home.rules"),
     ]
 
     def __init__(self, backend: Backend) -> None:
@@ -156,6 +158,11 @@ class HomeScreen(NotebookScreen):
             self._plan_again()
         else:
             self.notify("The planner is still reading the history.", markup=False)
+
+    def action_rules(self) -> None:
+        screen = RulesScreen(self.backend)
+        screen.notebook = self.notebook
+        self.app.push_screen(screen)
 
     def action_watch(self) -> None:
         if self.notebook is None or not self.notebook.runs:

@@ -7,20 +7,23 @@ the pipeline refuses any other content. Editing makes another proposal with anot
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from time import monotonic
 from typing import TYPE_CHECKING, Any
 
-from textual import on, work
+from textual import events, on, work
 from textual.app import ComposeResult
 from textual.binding import Binding
 from textual.containers import Horizontal, Vertical, VerticalScroll
 from textual.content import Content
 from textual.timer import Timer
 from textual.widgets import Button, TextArea
+from textual.worker import get_current_worker
 
 from synth_agent.errors import SynthAgentError
-from synth_agent.runs import Cost, Proposal
+from synth_agent.runs import Cost, Limits, Proposal
 from synth_agent.ui.backend import Backend
 from synth_agent.ui.messages import (
+    AlternativesFound,
     EditChecked,
     Failed,
     ProposalReady,
@@ -28,19 +31,26 @@ from synth_agent.ui.messages import (
     RecipesListed,
     RunLaunched,
 )
+from synth_agent.ui.screens.alternatives import AlternativesScreen
 from synth_agent.ui.screens.base import NotebookScreen
 from synth_agent.ui.screens.choose_recipe import ChooseRecipeScreen
+from synth_agent.ui.screens.limits import LimitsScreen
 from synth_agent.ui.screens.reason import ReasonScreen
+from synth_agent.ui.talk import problem_words
 from synth_agent.ui.text import clean, fit
 from synth_agent.ui.widgets.drawing import Drawing
+from synth_agent.ui.widgets.predictions import predictions_content
 from synth_agent.ui.widgets.recipe_diff import difference_content
 from synth_agent.wording import duration
 
 if TYPE_CHECKING:
+    from synth_agent.effective import Effective
     from synth_agent.recipes import DiffLine
 
 _CHECK_DELAY_SECONDS = 0.25
 _SHOWN_DIGITS = 16
+_QUIET_SECONDS = 1.0
+"""Pause in typing after which a key on a screen that opened by itself is meant for it."""
 
 
 class ProposalScreen(NotebookScreen):
@@ -51,13 +61,17 @@ class ProposalScreen(NotebookScreen):
         Binding("a", "approve", "Approve", id="proposal.approve"),
         Binding("e", "edit", "Edit", id="proposal.edit"),
         Binding("r", "reject", "Reject", id="proposal.reject"),
-        Binding("o", "other", "Other", id="proposal.other"),
+        Binding("l", "limit", "Part", id="proposal.limit"),
+        Binding("n", "alternatives", "Others", id="proposal.alternatives"),
+        Binding("o", "other", "Recipe", show=False, id="proposal.other"),
         Binding("escape", "leave", "Back", id="proposal.back"),
     ]
 
-    def __init__(self, backend: Backend, proposal: Proposal) -> None:
+    def __init__(self, backend: Backend, proposal: Proposal, *, is_asked_for: bool = True) -> None:
         super().__init__(backend)
         self._proposal = proposal
+        self._last_key = -_QUIET_SECONDS if is_asked_for else monotonic()
+        self._is_asked_for = is_asked_for
         self._shown_sha256: str | None = None
         """Digest of what is drawn; None while nothing, or something unchecked, is."""
         self._checking: Timer | None = None
@@ -68,6 +82,7 @@ class ProposalScreen(NotebookScreen):
             with VerticalScroll(id="gate-facts"), Horizontal(classes="columns"):
                 with Vertical(classes="wide-column"):
                     yield Drawing(id="proposal-card", classes="panel")
+                    yield Drawing(id="proposal-predictions", classes="panel")
                     yield Drawing(id="recipe-difference", classes="panel")
                 with Vertical(classes="narrow-column"):
                     yield Drawing(id="proposal-settings", classes="panel")
@@ -76,13 +91,17 @@ class ProposalScreen(NotebookScreen):
             )
         yield Drawing(id="proposal-status")
         with Horizontal(id="decisions"):
-            yield Button(" Approve and run  a ", id="approve", variant="success", compact=True)
-            yield Button(" Edit  e ", id="edit", compact=True)
-            yield Button(" Reject  r ", id="reject", compact=True)
-            yield Button(" Other recipe  o ", id="other", compact=True)
+            yield Button("Approve and run  a", id="approve", variant="success", compact=True)
+            yield Button("Part  l", id="limit", compact=True)
+            yield Button("Edit  e", id="edit", compact=True)
+            yield Button("Reject  r", id="reject", compact=True)
+            yield Button("Others  n", id="alternatives", compact=True)
+            yield Button("Recipe  o", id="other", compact=True)
 
     def on_mount(self) -> None:
         self.query_one("#proposal-card").border_title = "Proposal"
+        self.query_one("#proposal-predictions").border_title = "Predictions"
+        self.query_one("#proposal-predictions").display = False
         self.query_one("#recipe-difference").border_title = "Recipe"
         self.query_one("#proposal-settings").border_title = "Settings that will run"
         self.query_one("#recipe-editor").border_title = "Recipe, as it would run"
@@ -99,16 +118,26 @@ class ProposalScreen(NotebookScreen):
         try:
             self.backend.validate(proposal)
         except SynthAgentError as error:
-            problem = _problem_words(error)
+            problem = problem_words(error)
         text = self.backend.recipe_text(proposal)
         difference = self.backend.difference(proposal)
-        self.post_message(ProposalReady(proposal, difference, text, problem))
+        expected = self._expected(proposal)
+        # A check that was overtaken by another must not bring its proposal back.
+        if not get_current_worker().is_cancelled:
+            self.post_message(ProposalReady(proposal, difference, text, problem, expected))
+
+    def _expected(self, proposal: Proposal) -> Effective | None:
+        """Return what training would see; that it cannot be told keeps nobody from deciding."""
+        try:
+            return self.backend.expected_effective(proposal)
+        except SynthAgentError:
+            return None
 
     @on(ProposalReady)
     def _show_ready(self, message: ProposalReady) -> None:
         with self.prevent(TextArea.Changed):
             self.query_one(TextArea).load_text(message.text)
-        self._show_proposal(message.proposal, message.difference)
+        self._show_proposal(message.proposal, message.difference, message.expected)
         if message.problem:
             self._refuse(message.problem)
 
@@ -118,7 +147,9 @@ class ProposalScreen(NotebookScreen):
         self.query_one("#approve", Button).disabled = True
         self._say(Content.assemble(("✗ cannot run  ", "bold $error"), clean(problem)))
 
-    def _show_proposal(self, proposal: Proposal, difference: list[DiffLine]) -> None:
+    def _show_proposal(
+        self, proposal: Proposal, difference: list[DiffLine], expected: Effective | None
+    ) -> None:
         self._proposal = proposal
         self._shown_sha256 = proposal.sha256
         self.query_one("#approve", Button).disabled = False
@@ -126,8 +157,13 @@ class ProposalScreen(NotebookScreen):
         self.query_one("#recipe-difference").border_title = Content(f"Recipe, {against}")
         changes = difference_content(difference)
         self.query_one("#proposal-card", Drawing).show(
-            lambda width, height: card_content(proposal, width)
+            lambda width, height: card_content(proposal, width, expected)
         )
+        predictions = self.query_one("#proposal-predictions", Drawing)
+        predictions.display = bool(proposal.predictions)
+        against_run = clean(proposal.parent) if proposal.parent else "the baseline"
+        predictions.border_title = Content(f"Predictions, points against {against_run}")
+        predictions.show(lambda width, height: predictions_content(proposal.predictions, width))
         self.query_one("#recipe-difference", Drawing).show(lambda width, height: changes)
         self.query_one("#proposal-settings", Drawing).show(
             lambda width, height: settings_content(proposal.settings, width)
@@ -173,9 +209,10 @@ class ProposalScreen(NotebookScreen):
             proposal = self.backend.edited(original, text)
             difference = self.backend.difference(proposal)
         except SynthAgentError as error:
-            self.post_message(EditChecked(text, None, [], _problem_words(error)))
+            self.post_message(EditChecked(text, None, [], problem_words(error)))
         else:
-            self.post_message(EditChecked(text, proposal, difference, ""))
+            expected = self._expected(proposal)
+            self.post_message(EditChecked(text, proposal, difference, "", expected))
 
     @on(EditChecked)
     def _show_checked(self, message: EditChecked) -> None:
@@ -184,10 +221,18 @@ class ProposalScreen(NotebookScreen):
         if message.proposal is None:
             self._refuse(message.problem)
         else:
-            self._show_proposal(message.proposal, message.difference)
+            self._show_proposal(message.proposal, message.difference, message.expected)
+
+    def on_key(self, event: events.Key) -> None:
+        if event.key != "a":
+            self._last_key = monotonic()
 
     def action_approve(self) -> None:
         if self._is_deciding:
+            return
+        if not self._is_asked_for and not self._was_quiet():
+            words = "The proposal has just opened. Look at it, then press a again."
+            self.notify(words, severity="warning", markup=False)
             return
         if self._shown_sha256 is None:
             self.notify("Only what was checked and can run can be approved.", severity="warning")
@@ -195,6 +240,11 @@ class ProposalScreen(NotebookScreen):
         self._is_deciding = True
         self._say(Content.styled("… approving and starting the run", "$foreground-muted"))
         self._approve(self._proposal, self._shown_sha256)
+
+    def _was_quiet(self) -> bool:
+        """Tell whether typing that was meant for another screen is over."""
+        before, self._last_key = self._last_key, monotonic()
+        return self._last_key - before >= _QUIET_SECONDS
 
     @work(thread=True, exit_on_error=False, group="decision")
     def _approve(self, proposal: Proposal, shown_sha256: str) -> None:
@@ -215,6 +265,52 @@ class ProposalScreen(NotebookScreen):
     def _reject(self, proposal: Proposal, reason: str) -> None:
         self.post_message(ProposalRejected(self.backend.reject(proposal, reason)))
 
+    def action_limit(self) -> None:
+        if self._shown_sha256 is None:
+            self.notify("Only what was checked and can run has a part.", severity="warning")
+            return
+        self.app.push_screen(LimitsScreen(self._proposal), self._take_limits)
+
+    def _take_limits(self, limits: Limits | None) -> None:
+        if limits is not None and limits != self._proposal.limits:
+            self._wait("… checking the part")
+            self._limit(self._proposal, limits)
+
+    @work(thread=True, exclusive=True, exit_on_error=False, group="proposal")
+    def _limit(self, proposal: Proposal, limits: Limits) -> None:
+        try:
+            limited = self.backend.limited(proposal, limits)
+        except SynthAgentError as error:
+            self.post_message(Failed(error))
+            limited = proposal
+        self._report(limited)
+
+    def action_alternatives(self) -> None:
+        self._say(Content.styled("… asking the planner for alternatives", "$foreground-muted"))
+        self._find_alternatives(self._proposal)
+
+    @work(thread=True, exclusive=True, exit_on_error=False, group="alternatives")
+    def _find_alternatives(self, proposal: Proposal) -> None:
+        self.post_message(AlternativesFound(self.backend.alternatives(proposal)))
+
+    @on(AlternativesFound)
+    def _compare_alternatives(self, message: AlternativesFound) -> None:
+        self._prepare(self._proposal)
+        if len(message.proposals) < 2:
+            self.notify("There is nothing else to try.", markup=False)
+        elif self.is_current:
+            self.app.push_screen(AlternativesScreen(message.proposals), self._take_alternative)
+
+    def _take_alternative(self, proposal: Proposal | None) -> None:
+        if proposal is not None:
+            self._wait("… reading the proposal")
+            self._prepare(proposal)
+
+    def _wait(self, words: str) -> None:
+        """Take what is shown off the table until the next is."""
+        self._shown_sha256 = None
+        self._say(Content.styled(words, "$foreground-muted"))
+
     @work(thread=True, exclusive=True, exit_on_error=False, group="recipes")
     def action_other(self) -> None:
         self.post_message(RecipesListed(self.backend.recipes()))
@@ -225,8 +321,7 @@ class ProposalScreen(NotebookScreen):
 
     def _take(self, name: str | None) -> None:
         if name is not None:
-            self._shown_sha256 = None
-            self._say(Content.styled("… reading the recipe", "$foreground-muted"))
+            self._wait("… reading the recipe")
             self._prepare_recipe(name)
 
     @work(thread=True, exclusive=True, exit_on_error=False, group="proposal")
@@ -245,26 +340,47 @@ class ProposalScreen(NotebookScreen):
         await self.run_action(str(event.button.id))
 
 
-def _problem_words(error: SynthAgentError) -> str:
-    return f"{error.title}: {error.message}" + (f" ({error.hint})" if error.hint else "")
-
-
-def card_content(proposal: Proposal, width: int) -> Content:
-    """Return title, kind, reason, evidence, cost and digest of a proposal."""
+def card_content(proposal: Proposal, width: int, expected: Effective | None = None) -> Content:
+    """Return title, kind, reason, hypothesis, evidence, cost and digest of a proposal."""
     facts = [
+        ("Only", proposal.limits.words()),
         ("Why", clean(proposal.reason)),
+        ("Supposed", clean(proposal.hypothesis)),
+        ("Refuted", clean(proposal.refuted_by)),
         ("Evidence", ", ".join(clean(e) for e in proposal.evidence) or "none"),
         ("Samples", samples_words(proposal.cost)),
+        ("Training", training_words(expected)),
         ("Time", duration(proposal.cost.seconds)),
         ("Basis", clean(proposal.cost.basis)),
+        ("Beside", ", ".join(sha256[:_SHOWN_DIGITS] for sha256 in proposal.alternatives)),
         ("From", clean(proposal.proposed_by)),
-        ("sha256", proposal.sha256[:_SHOWN_DIGITS]),
     ]
+    facts = [(name, text) for name, text in facts if text]
     head = Content.assemble(
         (clean(proposal.title), "bold"),
         (f"  {proposal.kind}, recipe {clean(proposal.recipe['name'])}", "$foreground-muted"),
     )
-    return Content("\n").join([head, Content(""), *_fact_lines(facts, width)])
+    return Content("\n").join(
+        [head, Content(""), *_fact_lines(facts, width), *_digest_lines(proposal.sha256, width)]
+    )
+
+
+def _digest_lines(sha256: str, width: int) -> Iterator[Content]:
+    """Yield a digest in full, nearer to its name than other facts so that it fits in 73 cells."""
+    label = fit("sha256", 10 if width >= 10 + len(sha256) else 8)
+    for number, line in enumerate(Content(sha256).wrap(max(10, width - len(label)))):
+        name = label if number == 0 else " " * len(label)
+        yield Content.assemble((name, "$foreground-muted"), line)
+
+
+def training_words(expected: Effective | None) -> str:
+    """Return how many distinct samples the first stage would see, how often, in how many steps."""
+    if expected is None:
+        return ""
+    return (
+        f"{expected.steps:,} steps of the first stage see {expected.unique:,} distinct samples "
+        f"{expected.mean_passes:.1f} times on average"
+    )
 
 
 def samples_words(cost: Cost) -> str:

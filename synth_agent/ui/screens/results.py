@@ -24,7 +24,7 @@ from synth_agent.ui.questions import Question
 from synth_agent.ui.screens.base import NotebookScreen
 from synth_agent.ui.text import clean, fit, shorten
 from synth_agent.ui.widgets.drawing import Drawing
-from synth_agent.ui.widgets.scoreboard import benchmarks, difference_line, forest, verdict_words
+from synth_agent.ui.widgets.scoreboard import benchmarks, difference_block, forest, verdict_words
 from synth_agent.wording import benchmark_name
 
 FILTERS = ("all", "wrong", "right", "changed")
@@ -265,7 +265,7 @@ def against_content(run: Run, width: int) -> Content:
         )
     parent = next(iter(run.comparisons.values())).parent
     head = Content.styled(f"against {clean(parent)}", "$foreground-muted")
-    lines = [difference_line(comparison, width) for comparison in run.comparisons.values()]
+    lines = [difference_block(comparison, width) for comparison in run.comparisons.values()]
     return Content("\n").join([head, *lines])
 
 

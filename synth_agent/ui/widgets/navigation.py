@@ -19,6 +19,7 @@ PLACES = (
     ("results", "Results"),
     ("history", "History"),
     ("data", "Data"),
+    ("planner", "Planner"),
 )
 
 

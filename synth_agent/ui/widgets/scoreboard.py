@@ -12,7 +12,7 @@ from textual.content import Content
 from synth_agent.runs import Comparison, Run, Score
 from synth_agent.ui.plots import Axis, axis_line, interval_line, nice_axis
 from synth_agent.ui.text import VERDICTS, clean, fit, shorten
-from synth_agent.wording import benchmark_name
+from synth_agent.wording import basis_words, benchmark_name
 
 CHANCE_MARK = "┊"
 _NUMBERS = 21
@@ -79,7 +79,7 @@ def _row(label: str, score: Score | None, axis: Axis, label_width: int, plot_wid
 def difference_line(comparison: Comparison, width: int) -> Content:
     """Return a difference with its interval and verdict in one line."""
     sign = VERDICTS[comparison.verdict]
-    basis = f"  {comparison.num_questions:,} questions, 95 % paired interval"
+    basis = _basis(comparison)
     return Content.assemble(
         f"{fit(benchmark_name(comparison.benchmark), 9)}",
         (f"{comparison.difference:+5.1f} points", "bold"),
@@ -87,6 +87,33 @@ def difference_line(comparison: Comparison, width: int) -> Content:
         (sign.text, f"bold ${sign.style}"),
         (shorten(basis, max(0, width - 50)) if width >= 64 else "", "$foreground-muted"),
     )
+
+
+def _basis(comparison: Comparison) -> str:
+    """Return the most telling part of what an interval rests on, since a line cuts the rest off."""
+    if not comparison.basis or comparison.expected is None or comparison.seed_sd is None:
+        return f"  {comparison.num_questions:,} questions, 95 % paired interval"
+    assumed = " assumed" if comparison.assumed else ""
+    return (
+        f"  expect {comparison.expected:+.1f}, seeds {comparison.seeds}:{comparison.parent_seeds}, "
+        f"seed spread {comparison.seed_sd:.1f}{assumed}, try {comparison.tries}, "
+        f"{comparison.num_questions:,} questions"
+    )
+
+
+def difference_block(comparison: Comparison, width: int) -> Content:
+    """Return a difference in one line, and below it what to expect and what the interval rests on."""
+    lines = [difference_line(comparison, width)]
+    if comparison.basis and comparison.expected is not None:
+        basis, power = clean(comparison.basis), clean(comparison.power)
+        words = basis_words(comparison.difference, comparison.expected, basis, power)
+        lines += _wrapped(words, width)
+    return Content("\n").join(lines)
+
+
+def _wrapped(words: str, width: int) -> list[Content]:
+    lines = Content(words).wrap(max(10, width - 2))
+    return [Content.assemble("  ", line).stylize("$foreground-muted") for line in lines]
 
 
 def benchmarks(runs: Sequence[Run]) -> list[str]:
@@ -99,10 +126,15 @@ def verdict_words(run: Run) -> Content:
     if run.verdict is None:
         return Content("")
     sign = VERDICTS[run.verdict]
+    covered = (
+        "what questions, seeds and the number of tries explain."
+        if all(comparison.basis for comparison in run.comparisons.values())
+        else "the choice of questions; another seed may differ."
+    )
     meaning = {
         "baseline": "Later runs are compared with this one.",
-        "better": "A gain beyond the choice of questions; another seed may differ.",
-        "worse": "A loss beyond the choice of questions; another seed may differ.",
+        "better": f"A gain beyond {covered}",
+        "worse": f"A loss beyond {covered}",
         "inside noise": "The difference is no larger than chance explains: no change was shown.",
         "mixed": "One benchmark gained and another lost.",
         "failed": "The run did not reach a score.",
