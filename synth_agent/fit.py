@@ -135,22 +135,42 @@ def _expected_seconds(
 ) -> tuple[float | None, str]:
     measured: dict[str, float] = {}
     for stage in STAGES:
-        times = [
-            run.stages[stage].seconds
+        known = [
+            seconds / _trainings(run.plan.proposal.settings, stage)
             for run in history
-            if run.stages[stage].status == "succeeded" and _same_work(run, settings, stage)
+            if run.stages[stage].status == "succeeded"
+            and _same_work(run, settings, stage)
+            and (seconds := run.stages[stage].seconds) is not None
         ]
-        known = [seconds for seconds in times if seconds is not None]
         if known:
             measured[stage] = median(known)
     if len(measured) == len(STAGES):
-        return sum(measured.values()), "median of this workspace's runs"
-    if settings["model"]["name"] == "mgm-mini":
-        return (
-            sum(measured.get(stage, MINI_WORLD_SECONDS[stage]) for stage in STAGES),
-            "the mini world's reference figures for two cores",
-        )
-    return None, "no run was timed on this machine yet"
+        basis = "median of this workspace's runs"
+    elif settings["model"]["name"] == "mgm-mini":
+        measured = {**MINI_WORLD_SECONDS, **measured}
+        basis = "the mini world's reference figures for two cores"
+    else:
+        return None, "no run was timed on this machine yet"
+    total = sum(seconds * _trainings(settings, stage) for stage, seconds in measured.items())
+    if settings["pretrain"].get("starts", 1) > 1:
+        basis += f"; {_starts_words(settings, measured)}"
+    return total, basis
+
+
+def _trainings(settings: Mapping[str, Any], stage: str) -> float:
+    """Return how many whole trainings a stage does, those that are stopped early by their share."""
+    section = settings.get(stage, {})
+    others: int = section.get("starts", 1) - 1 if stage == "pretrain" else 0
+    return 1 + others * float(section.get("start_share", 1.0))
+
+
+def _starts_words(settings: Mapping[str, Any], seconds: Mapping[str, float]) -> str:
+    """Return what several starts cost, in multiples of a run's training and evaluation."""
+    from synth_agent.early import Starts  # numpy, which no other estimate needs
+
+    section = settings["pretrain"]
+    starts = Starts(section["starts"], share=section.get("start_share", 1.0))
+    return starts.cost_words(seconds["pretrain"], seconds["finetune"] + seconds["evaluate"])
 
 
 def _same_work(run: Run, settings: Mapping[str, Any], stage: str) -> bool:
@@ -159,5 +179,9 @@ def _same_work(run: Run, settings: Mapping[str, Any], stage: str) -> bool:
     before = run.plan.proposal.settings
     return bool(
         before["model"]["name"] == settings["model"]["name"]
-        and before.get(stage) == settings.get(stage)
+        and _of_one_start(before.get(stage, {})) == _of_one_start(settings.get(stage, {}))
     )
+
+
+def _of_one_start(section: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in section.items() if name not in ("starts", "start_share")}

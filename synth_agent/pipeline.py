@@ -49,6 +49,7 @@ from synth_agent.runs import (
     proposal_from,
     today,
 )
+from synth_agent.stage_plan import refuse_starts_of_finetuning
 from synth_agent.workspace import RunPaths, Workspace, stage_environment
 
 LEAST_FREE_BYTES = 1 << 30
@@ -79,6 +80,7 @@ def check_settings(workspace: Workspace, settings: Mapping[str, Any]) -> None:
     Raises:
         InvalidInput: Naming the setting and the fix.
     """
+    refuse_starts_of_finetuning(settings)
     evaluate = settings["evaluate"]
     sections = {
         "data": settings["data"],

@@ -10,12 +10,13 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import metadata
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from synth_agent.digests import Digests
+from synth_agent.errors import InvalidInput
 from synth_agent.recipes import steps_of
 from synth_agent.runs import Plan, digest
 from synth_agent.workspace import Workspace
@@ -28,6 +29,10 @@ KIND_OF_STAGE = {
 }
 # These change how a stage runs, not what comes out of it.
 _ASIDE = frozenset({"save_steps", "logging_steps"})
+# Settings of `mgm.starts`, which `mgm.train` does not take.
+_STARTS = ("starts", "start_share")
+START_STRIDE = 1000
+"""From the seed of one start to the next: replicates, whose seeds are neighbours, share no start."""
 _PARTS = ("language_model", "vision_tower", "high_resolution_tower")
 _PACKAGE = Path(__file__).resolve().parent
 
@@ -93,6 +98,18 @@ def code_version(digests: Digests, stage: str) -> str:
     return digests.files(folder, sorted(folder.rglob("*.py")))
 
 
+def _key_code(digests: Digests, stage: str, starts: int) -> str:
+    """Return the digest of the code that decides a training's or an evaluation's result.
+
+    One start never runs `mgm.starts`, so that its results outlive changes of that program.
+    """
+    if starts > 1:
+        return code_version(digests, stage)
+    folder = _PACKAGE.parent / "mgm"
+    files = [path for path in sorted(folder.rglob("*.py")) if path != folder / "starts.py"]
+    return digests.files(folder, files)
+
+
 def build_process(context: Context) -> Stage:
     """Data-Juicer on the seed set, then the conversion to training data."""
     data, workspace = context.settings["data"], context.workspace
@@ -131,7 +148,12 @@ def build_process(context: Context) -> Stage:
 
 
 def build_pretrain(context: Context) -> Stage:
-    """Train the projector and the mining on the processed data."""
+    """Train the projector and the mining on the processed data, from one start or several.
+
+    Raises:
+        InvalidInput: If the settings ask for several starts of finetuning.
+    """
+    refuse_starts_of_finetuning(context.settings)
     processed = context.outputs["process"]
     seed_images = context.workspace.path(context.settings["data"]["images"])
     own_images = processed / "images"
@@ -140,11 +162,17 @@ def build_pretrain(context: Context) -> Stage:
         # Its links lead to the seed's pictures, which a digest of the folder does not follow.
         extra["images"], linked = own_images, {"seed_images": seed_images}
     required = ("mm_projector.bin", "train_state.json")
-    return _training(context, "pretrain", extra, required, linked)
+    stage = _training(context, "pretrain", extra, required, linked)
+    return _with_starts(context, stage) if _starts(context, "pretrain") > 1 else stage
 
 
 def build_finetune(context: Context) -> Stage:
-    """Train on the instructions, from the projector of pretraining."""
+    """Train on the instructions, from the projector of pretraining.
+
+    Raises:
+        InvalidInput: If the settings ask for several starts.
+    """
+    refuse_starts_of_finetuning(context.settings)
     data = context.settings["data"]
     extra = {
         "data": context.workspace.path(data["instructions"]),
@@ -172,7 +200,8 @@ def build_evaluate(context: Context) -> Stage:
     kept = {name: value for name, value in settings.items() if name != "batch_size"}
     relevant = {**kept, "textvqa": settings["textvqa"]["max_new_tokens"]}
     relevant["mmbench"] = settings["mmbench"]["max_new_tokens"]
-    key = digest(["evaluate", code_version(context.digests, "evaluate"), relevant, inputs])
+    code = _key_code(context.digests, "evaluate", starts=1)
+    key = digest(["evaluate", code, relevant, inputs])
     output = context.output("evaluate", key)
     configs: dict[Path, dict[str, Any]] = {}
     for benchmark, paths in files.items():
@@ -214,12 +243,17 @@ def _training(
     required: tuple[str, ...],
     linked: Mapping[str, Path] | None = None,
 ) -> Stage:
-    settings = dict(context.settings[stage])
+    given = context.settings[stage]
+    settings = {name: value for name, value in given.items() if name not in _STARTS}
+    starts = _starts(context, stage)
     model, seed = _model(context), context.settings["seed"]
     relevant = {name: value for name, value in settings.items() if name not in _ASIDE}
+    if starts > 1:
+        relevant |= {"starts": starts, "start_share": given.get("start_share", 1.0)}
     inputs = _content(context, {**model, **extra, **(linked or {})})
     name = context.settings["model"]["name"]
-    key = digest([stage, code_version(context.digests, stage), relevant, seed, name, inputs])
+    code = _key_code(context.digests, stage, starts)
+    key = digest([stage, code, relevant, seed, name, inputs])
     output = context.output(stage, key)
     config = {
         **settings,
@@ -237,6 +271,42 @@ def _training(
     return Stage(
         stage, key, (command,), output, required, "train_state.json", {path: _texts(config)}
     )
+
+
+def _starts(context: Context, stage: str) -> int:
+    return int(context.settings[stage].get("starts", 1))
+
+
+def refuse_starts_of_finetuning(settings: Mapping[str, Any]) -> None:
+    """Check that only stage 1 is asked for several starts.
+
+    Raises:
+        InvalidInput: naming the setting.
+    """
+    if (starts := int(settings["finetune"].get("starts", 1))) > 1:
+        raise InvalidInput(
+            "Only pretraining has several starts",
+            f"finetune.starts = {starts}",
+            "set pretrain.starts, and leave finetune.starts out",
+        )
+
+
+def _with_starts(context: Context, stage: Stage) -> Stage:
+    """Return a training stage that trains each start by itself and then keeps the best."""
+    settings = context.settings[stage.name]
+    first, starts = int(context.settings["seed"]), int(settings["starts"])
+    [config] = stage.configs
+    flags = {
+        "training": config,
+        "seeds": ",".join(str(first + START_STRIDE * number) for number in range(starts)),
+        "share": settings.get("start_share", 1.0),
+        "progress": context.progress(stage.name),
+    }
+    whole = [text for name, value in flags.items() for text in (f"--{name}", str(value))]
+    command = (sys.executable, "-m", "mgm.starts", *whole)
+    trainings = [(*command, "--start", str(number)) for number in range(1, starts + 1)]
+    required = (*stage.required, "starts.json")
+    return replace(stage, commands=(*trainings, command), required=required)
 
 
 def _program(module: str, config: Path, context: Context, stage: str) -> tuple[str, ...]:

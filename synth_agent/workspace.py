@@ -13,7 +13,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializationInfo,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+)
 
 from synth_agent.errors import InvalidInput, nearest
 
@@ -80,6 +88,21 @@ class TrainSettings(_Section):
     numerics: Literal["reference", "fast"] = "reference"
     save_steps: int = Field(100, ge=1)
     logging_steps: int = Field(1, ge=1)
+    starts: int = Field(1, ge=1, le=8)
+    """Initialisations of pretraining, of which the one of the lowest loss is kept."""
+    start_share: float = Field(1.0, ge=0.1, le=1.0)
+    """Share of pretraining's steps after which the other starts are stopped."""
+
+    @model_serializer(mode="wrap")
+    def _without_one_start(
+        self, serialize: SerializerFunctionWrapHandler, info: SerializationInfo
+    ) -> dict[str, Any]:
+        values: dict[str, Any] = serialize(self)
+        if self.starts == 1 and not (info.context or {}).get("every_setting"):
+            # A plan of one start is the plan that it is without the option: its digest and its
+            # replicates stay what they are.
+            del values["starts"], values["start_share"]
+        return values
 
 
 class TextVQASettings(_Section):
@@ -305,9 +328,16 @@ def load_settings(path: Path) -> Settings:
     if not isinstance(raw, dict):
         raise InvalidInput("Settings are not a mapping", str(path), "write `key: value` lines")
     try:
-        return Settings.model_validate(raw)
+        settings = Settings.model_validate(raw)
     except ValidationError as error:
         raise _readable(path, error) from error
+    if settings.finetune.starts > 1:
+        raise InvalidInput(
+            "Wrong setting",
+            f"{path}: finetune.starts = {settings.finetune.starts}",
+            "only pretraining has several starts: set pretrain.starts",
+        )
+    return settings
 
 
 def _readable(path: Path, error: ValidationError) -> InvalidInput:
@@ -376,5 +406,6 @@ def setting_origins(workspace: Workspace) -> list[tuple[str, Any, str]]:
             else:
                 rows.append((name, value, "file" if present else "default"))
 
-    collect("", workspace.settings.model_dump(mode="json"), given)
+    every = workspace.settings.model_dump(mode="json", context={"every_setting": True})
+    collect("", every, given)
     return rows

@@ -18,6 +18,7 @@ from synth_agent.planner.endpoint import forget_abilities
 from synth_agent.planner.exchange import EndpointError, Reply, Request
 from synth_agent.runs import Limits, Plan, Prediction, Proposal, Run
 from synth_agent.ui.backend import WorkspaceBackend
+from synth_agent.ui.screens import proposal
 from synth_agent.ui.screens.planner import PlannerScreen
 from synth_agent.ui.screens.proposal import ProposalScreen, training_words
 from synth_agent.ui.screens.wishes import WishesScreen
@@ -146,9 +147,10 @@ async def test_a_question_is_answered_and_nothing_else_happens(
 
 
 async def test_a_proposal_of_the_model_is_opened_at_the_gate_and_approved_only_by_a_person(
-    workspace: Workspace, runs: list[Run], open_app: Open
+    workspace: Workspace, runs: list[Run], open_app: Open, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     backend = Talking(workspace, runs, proposal_object())
+    monkeypatch.setattr(proposal, "QUIET_SECONDS", 600.0)
     async with open_app(backend, (160, 60)) as pilot:
         await open_planner(pilot)
         await say(pilot, "/propose only filters")
@@ -164,7 +166,7 @@ async def test_a_proposal_of_the_model_is_opened_at_the_gate_and_approved_only_b
         await pilot.press("a")
         await settle(pilot)
         assert plans(backend) == []
-        await pilot.pause(1.1)
+        monkeypatch.setattr(proposal, "QUIET_SECONDS", 0.0)
         await pilot.press("a")
         await settle(pilot)
         (plan,) = backend.launched
@@ -173,16 +175,17 @@ async def test_a_proposal_of_the_model_is_opened_at_the_gate_and_approved_only_b
 
 
 async def test_typing_that_goes_on_when_the_gate_opens_approves_nothing(
-    workspace: Workspace, runs: list[Run], open_app: Open
+    workspace: Workspace, runs: list[Run], open_app: Open, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     backend = Talking(workspace, runs, proposal_object())
+    # On a slow machine two keys lie further apart.
+    monkeypatch.setattr(proposal, "QUIET_SECONDS", 600.0)
     async with open_app(backend, (120, 40)) as pilot:
         await open_planner(pilot)
         await say(pilot, "/propose")
         await settle(pilot)
         assert isinstance(pilot.app.screen, ProposalScreen)
-        started = time.monotonic()
-        while time.monotonic() - started < 1.5:
+        for _ in range(5):
             await pilot.press("z", "a", "b")
         await settle(pilot)
         assert backend.launched == []

@@ -49,7 +49,7 @@ if TYPE_CHECKING:
 
 _CHECK_DELAY_SECONDS = 0.25
 _SHOWN_DIGITS = 16
-_QUIET_SECONDS = 1.0
+QUIET_SECONDS = 1.0
 """Pause in typing after which a key on a screen that opened by itself is meant for it."""
 
 
@@ -70,7 +70,7 @@ class ProposalScreen(NotebookScreen):
     def __init__(self, backend: Backend, proposal: Proposal, *, is_asked_for: bool = True) -> None:
         super().__init__(backend)
         self._proposal = proposal
-        self._last_key = -_QUIET_SECONDS if is_asked_for else monotonic()
+        self._last_key = -QUIET_SECONDS if is_asked_for else monotonic()
         self._is_asked_for = is_asked_for
         self._shown_sha256: str | None = None
         """Digest of what is drawn; None while nothing, or something unchecked, is."""
@@ -244,7 +244,7 @@ class ProposalScreen(NotebookScreen):
     def _was_quiet(self) -> bool:
         """Tell whether typing that was meant for another screen is over."""
         before, self._last_key = self._last_key, monotonic()
-        return self._last_key - before >= _QUIET_SECONDS
+        return self._last_key - before >= QUIET_SECONDS
 
     @work(thread=True, exit_on_error=False, group="decision")
     def _approve(self, proposal: Proposal, shown_sha256: str) -> None:
