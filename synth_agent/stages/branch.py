@@ -15,8 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
 from synth_agent.changes import Change, OperatorChanges, spread
 from synth_agent.data import ROW_ID_FIELD, Record, Sample
 from synth_agent.recipes import Recipe
@@ -202,9 +200,10 @@ def _without_measurements(dataset: Any) -> Any:
 
 def load_records(recipe: Recipe, records: Iterable[Record], folder: Path) -> tuple[Any, Any]:
     """Return records as Data-Juicer's dataset, and a linear recipe's operators."""
-    from data_juicer.config import init_configs
     from data_juicer.core.data.dataset_builder import DatasetBuilder
     from data_juicer.ops import load_ops
+
+    from synth_agent.stages.prepared import configuration
 
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "input.jsonl").open("w", encoding="utf-8") as file:
@@ -218,9 +217,7 @@ def load_records(recipe: Recipe, records: Iterable[Record], folder: Path) -> tup
         "use_cache": False,
         "ds_cache_dir": str(folder / "cache"),
     }
-    config_file = folder / "recipe.yaml"
-    config_file.write_text(yaml.safe_dump(mapping, sort_keys=False), encoding="utf-8")
-    config = init_configs(["--config", str(config_file)])
+    config = configuration(mapping, folder)
     dataset = DatasetBuilder(config, executor_type="default").load_dataset()
     return dataset, load_ops(config.process)
 

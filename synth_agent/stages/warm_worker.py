@@ -118,6 +118,7 @@ class _Worker:
         importlib.import_module("synth_agent.stages.datajuicer").guard()
         for name in _FIRST:
             importlib.import_module(name)
+        importlib.import_module("synth_agent.stages.prepared").base()
 
     def serve(self) -> None:
         """Answer until there is a reason to end, then let the stages at work finish."""
