@@ -11,6 +11,7 @@ from sklearn.gaussian_process import GaussianProcessRegressor
 from sklearn.gaussian_process.kernels import RBF, ConstantKernel
 
 from synth_agent.data_plans import Branch, DataPlan, Operator, Order
+from synth_agent.imported import ImportedResult, ImportedStep, ImportedTable
 from synth_agent.planner import model
 from synth_agent.planner.calibration import FEWEST_RUNS, calibrate, outcomes
 from synth_agent.planner.choosing import (
@@ -23,6 +24,7 @@ from synth_agent.planner.choosing import (
 from synth_agent.planner.evidence import Scale, two_heaps
 from synth_agent.planner.features import FEATURES, Volume, describe, family_of, featurise
 from synth_agent.planner.model import Belief, covariance, expectation, posterior
+from synth_agent.planner.published import published_gains
 from synth_agent.recipes import Recipe
 from synth_agent.runs import Comparison, Cost, Plan, Prediction, Proposal, Run
 
@@ -103,20 +105,29 @@ def test_the_posterior_is_that_of_scikit_learn(monkeypatch: pytest.MonkeyPatch) 
     observed, values = np.array([0, 1, 3, 1]), np.array([2.0, -1.0, 4.0, 0.5])
     noises = np.array([0.5, 1.0, 2.0, 1.5])
     unit = 0.8
-    ours = posterior(kernel(features), np.zeros(5), observed, values, noises, unit)
+    means, covariances = posterior(
+        kernel(features),
+        np.zeros(5),
+        observed,
+        values[:, None],
+        noises[:, None],
+        np.array([unit]),
+    )
     theirs = GaussianProcessRegressor(
         ConstantKernel((3.0 * unit) ** 2, "fixed") * kernel, alpha=noises**2, optimizer=None
     ).fit(features[observed], values)
     mean, cov = theirs.predict(features, return_cov=True)
-    np.testing.assert_allclose(ours.mean, mean, atol=1e-8)
-    np.testing.assert_allclose(ours.covariance, cov, atol=1e-8)
+    np.testing.assert_allclose(means[0], mean, atol=1e-8)
+    np.testing.assert_allclose(covariances[0, 0], cov, atol=1e-8)
 
 
 def test_sizes_are_averaged_by_their_evidence(monkeypatch: pytest.MonkeyPatch) -> None:
     features = several()
     prior, expected = covariance(features), expectation(features)
     observed, values, noises = np.array([1, 2, 4]), np.array([30.0, -20.0, 9.0]), np.full(3, 2.0)
-    mixed = posterior(prior, expected, observed, values, noises, 2.0)
+    mixed, _ = posterior(
+        prior, expected, observed, values[:, None], noises[:, None], np.array([2.0])
+    )
     means, densities = [], []
     for size in model.SIZES:
         total = (2.0 * size) ** 2 * prior[np.ix_(observed, observed)] + np.diag(noises**2)
@@ -125,7 +136,7 @@ def test_sizes_are_averaged_by_their_evidence(monkeypatch: pytest.MonkeyPatch) -
         _, log_determinant = np.linalg.slogdet(total)
         densities.append(-0.5 * (values @ np.linalg.solve(total, values) + log_determinant))
     weights = np.exp(np.array(densities) - max(densities))
-    np.testing.assert_allclose(mixed.mean, weights @ np.array(means) / weights.sum(), atol=1e-8)
+    np.testing.assert_allclose(mixed[0], weights @ np.array(means) / weights.sum(), atol=1e-8)
 
 
 def test_without_results_nothing_but_less_data_is_expected_to_matter() -> None:
@@ -145,6 +156,63 @@ def test_results_teach_relatives_and_are_shrunk() -> None:
     repeated = believe(several(), {"textvqa": results([1] * 9, [6.0] * 9)})["textvqa"]
     assert belief.mean[1] < repeated.mean[1] < 6.0
     assert repeated.sd[1] < belief.sd[1]
+
+
+def test_what_helps_on_one_benchmark_is_expected_on_the_other_until_results_deny_it() -> None:
+    rising, falling = [12.0, 10.0, 14.0], [-12.0, -10.0, -14.0]
+    silent = results([1, 2, 3], [0.0, 0.0, 0.0])
+    alone = believe(several(), {"a": results([1, 2, 3], [4.0, -4.0, 0.0])})["a"]
+    both = {"a": results([1, 2, 3], [4.0, -4.0, 0.0]), "b": results([1, 2, 3], [40.0, -40.0, 0.0])}
+    together = believe(several(), both)
+    assert together["a"].mean[1] > alone.mean[1]
+    assert together["a"].sd[1] < alone.sd[1]
+    linked = together.combined({"a": 0.5, "b": 0.5})
+    apart = 0.25 * (together["a"].covariance + together["b"].covariance)
+    assert linked.covariance[1, 1] > apart[1, 1]
+    denied = believe(several(), {"a": results([1, 2, 3], rising), "b": results([1, 2, 3], falling)})
+    assert denied["b"].mean[1] < 0 < denied["a"].mean[1]
+    other_runs = believe(several(), {"a": silent, "b": results([4], [40.0])})
+    assert not other_runs.covariances[0, 1].any()
+
+
+def test_two_benchmarks_give_the_posterior_of_one_gaussian(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(model, "SIZES", (2.0,))
+    monkeypatch.setattr(model, "LINKS", (0.5,))
+    prior, observed = covariance(several()), np.array([1, 3, 3])
+    values, units = np.array([[1.0, 9.0], [4.0, -3.0], [2.0, 0.0]]), np.array([2.0, 5.0])
+    noises = np.ones((3, 1)) * units
+    means, covariances = posterior(prior, np.zeros(6), observed, values, noises, units)
+    across = 4.0 * np.outer(units, units) * np.array([[1.0, 0.5], [0.5, 1.0]])
+    total = np.kron(across, prior)
+    rows = np.concatenate([observed, observed + 6])
+    measured = total[np.ix_(rows, rows)] + np.diag(np.repeat(units**2, 3))
+    gain = total[:, rows] @ np.linalg.inv(measured)
+    np.testing.assert_allclose(means.ravel(), gain @ values.T.ravel(), atol=1e-8)
+    after = covariances.transpose(0, 2, 1, 3).reshape(12, 12)
+    np.testing.assert_allclose(after, total - gain @ total[rows], atol=1e-8)
+
+
+def imported(rows: Sequence[tuple[tuple[ImportedStep, ...], float]]) -> ImportedTable:
+    found = tuple(
+        ImportedResult(str(at), "", steps, 1, None, {}, {"textvqa": gain})
+        for at, (steps, gain) in enumerate(rows)
+    )
+    return ImportedTable("t", "s", "2024", "base", {"textvqa": 0.02}, "", found)
+
+
+def test_imported_rows_belong_to_recipes_of_the_same_steps() -> None:
+    similar = ImportedStep("image_text_similarity_filter", ">=0.31", "")
+    vague = ImportedStep("image_aesthetics_filter", "default", "")
+    unknown = ImportedStep("", "", "frobnicate(7)")
+    table = imported([((similar,), 1.04), ((vague,), 1.02), ((similar, unknown), 1.5)])
+    dedup = Operator("document_deduplicator", {})
+    recipes = [linear(AESTHETICS), linear(SIMILARITY, dedup), linear(STRICT), linear()]
+    ((position, gains),) = published_gains(recipes, (table,))
+    assert position == 1
+    assert gains == {"textvqa": pytest.approx(math.log(1.04) / 0.02)}
+    assert published_gains(recipes, ()) == ()
+    noted = replace(linear(SIMILARITY), published={"textvqa": 1.04})
+    assert [at for at, _ in published_gains([noted, *recipes], (table,))] == [0]
 
 
 def test_the_interval_holds_what_it_says_and_little_more_where_the_model_is_right() -> None:

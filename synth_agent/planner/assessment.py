@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from synth_agent.fit import estimate_cost
+from synth_agent.imported import list_imported
 from synth_agent.planner.choosing import (
     believe,
     changes,
@@ -23,8 +24,8 @@ from synth_agent.planner.choosing import (
     knowledge_gradient,
 )
 from synth_agent.planner.evidence import Evidence, comparable, gather, same_steps
-from synth_agent.planner.features import family_of, featurise
-from synth_agent.planner.model import INTERVAL_Z, Array, Belief
+from synth_agent.planner.features import FEATURES, family_of, featurise
+from synth_agent.planner.model import INTERVAL_Z, Array, Belief, Beliefs
 from synth_agent.planner.outlook import Outlook, look
 from synth_agent.recipes import Recipe, recipe_from_mapping, steps_of
 from synth_agent.runs import Kind, Prediction, Run
@@ -32,6 +33,7 @@ from synth_agent.workspace import Workspace
 
 GENERATION_COST = 0.5
 """Generating captions or pictures takes so much of a run's other time, where it was not timed."""
+NO_BELIEFS = Beliefs((), np.zeros((0, 0)), np.zeros((0, 0, 0, 0)))
 _DRAWS = 4000
 
 
@@ -69,7 +71,7 @@ class Assessment:
 
     candidates: tuple[Candidate, ...]
     evidence: Mapping[str, Evidence]
-    beliefs: Mapping[str, Belief]
+    beliefs: Beliefs
     question_sd: Mapping[str, float]
     """Spread of a difference by the choice of questions, in percentage points."""
     features: Array
@@ -212,9 +214,11 @@ def _assess(
     features: Array = np.array(
         [featurise(r, o.volume) for r, o in zip(kept, outlooks[1:], strict=True)]
     )
-    features = features.reshape(len(kept), -1)
-    evidence = gather(kept, history, baseline, settings)
-    beliefs = believe(features, {name: of.results for name, of in evidence.items()}) if kept else {}
+    features = features.reshape(len(kept), len(FEATURES))
+    tables = list_imported(workspace)
+    evidence = gather(kept, history, baseline, settings, tables)
+    results = {name: of.results for name, of in evidence.items()}
+    beliefs = believe(features, results) if kept else NO_BELIEFS
     cost = estimate_cost(workspace, baseline, settings, history)
     hour = 1.0 if cost.seconds is None else cost.seconds / 3600
     runs = [_runs_of(recipe, settings, history) for recipe in kept]
@@ -245,7 +249,7 @@ def _with_information(
     candidates: tuple[Candidate, ...],
     features: Array,
     evidence: Mapping[str, Evidence],
-    beliefs: Mapping[str, Belief],
+    beliefs: Beliefs,
 ) -> tuple[Candidate, ...]:
     if not candidates:
         return ()
@@ -290,15 +294,9 @@ def _with_kind(candidate: Candidate, assessment: Assessment) -> Candidate:
     return candidate
 
 
-def _combined(evidence: Mapping[str, Evidence], beliefs: Mapping[str, Belief]) -> Belief:
-    """Return the mean over benchmarks in units of their noise, as if they were independent."""
-    share = 1.0 / len(beliefs)
-    scales = {name: share / _unit(evidence[name]) for name in beliefs}
-    mean: Array = np.sum([scales[name] * belief.mean for name, belief in beliefs.items()], axis=0)
-    covariance: Array = np.sum(
-        [scales[name] ** 2 * belief.covariance for name, belief in beliefs.items()], axis=0
-    )
-    return Belief(mean, covariance)
+def _combined(evidence: Mapping[str, Evidence], beliefs: Beliefs) -> Belief:
+    """Return the mean over benchmarks in units of their noise."""
+    return beliefs.combined({name: 1.0 / len(beliefs) / _unit(evidence[name]) for name in beliefs})
 
 
 def _unit(evidence: Evidence) -> float:

@@ -20,11 +20,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from synth_agent.planner.features import FAMILIES, FEATURES, STRICTNESS
-from synth_agent.planner.model import Array, Belief, covariance, expectation, posterior
+from synth_agent.planner.model import Array, Belief, Beliefs, covariance, expectation, posterior
 
 ATTRIBUTION = 0.25
 """Power of the number of differences that an untried recipe's gain is divided by: a mild preference for
 single changes. Chosen on simulated worlds; a higher one holds back combinations that pay."""
+
+MOST_JOINED = 2
+"""Benchmarks that are learned from together; the choices of sizes grow with the power of this."""
 
 _NODES, _WEIGHTS = np.polynomial.hermite_e.hermegauss(21)
 _WEIGHTS = _WEIGHTS / _WEIGHTS.sum()
@@ -44,18 +47,42 @@ class Results:
     """Standard deviation of an ordinary run."""
 
 
-def believe(features: Array, results: Mapping[str, Results]) -> dict[str, Belief]:
-    """Return what to believe of M recipes, benchmark by benchmark.
+def believe(features: Array, results: Mapping[str, Results]) -> Beliefs:
+    """Return what to believe of M recipes on each benchmark.
+
+    Benchmarks that were measured by the same runs are learned from together; others stand alone.
 
     Args:
         features: (M, F) of `features.featurise`.
         results: What was measured, or imported, of some of them.
     """
     prior, expected = _prior(features.tobytes(), features.shape), expectation(features)
-    return {
-        name: posterior(prior, expected, of.positions, of.values, of.noises, of.unit)
-        for name, of in results.items()
-    }
+    names = tuple(results)
+    means = np.zeros((len(names), len(features)))
+    covariances = np.zeros((len(names), len(names), len(features), len(features)))
+    for group in _measured_together(results):
+        of = [results[names[at]] for at in group]
+        values, noises = (np.stack(part, axis=1) for part in zip(*_columns(of), strict=True))
+        units = np.array([one.unit for one in of])
+        mean, cov = posterior(prior, expected, of[0].positions, values, noises, units)
+        means[group] = mean
+        covariances[np.ix_(group, group)] = cov
+    return Beliefs(names, means, covariances)
+
+
+def _columns(results: Sequence[Results]) -> list[tuple[Array, Array]]:
+    return [(one.values, one.noises) for one in results]
+
+
+def _measured_together(results: Mapping[str, Results]) -> list[list[int]]:
+    """Return positions of benchmarks whose results are of the same runs, few at a time."""
+    groups: dict[bytes, list[list[int]]] = {}
+    for at, of in enumerate(results.values()):
+        found = groups.setdefault(of.positions.tobytes(), [[]])
+        if len(found[-1]) == MOST_JOINED:
+            found.append([])
+        found[-1].append(at)
+    return [group for of in groups.values() for group in of]
 
 
 @lru_cache(maxsize=64)

@@ -14,9 +14,11 @@ from typing import Any
 
 import numpy as np
 
-from synth_agent.noise import ASSUMPTIONS, assumed_noise, replicates, seed_noise
+from synth_agent.imported import ImportedTable
+from synth_agent.noise import assumed_noise, replicates, seed_noise
 from synth_agent.planner.choosing import Results
 from synth_agent.planner.model import Array
+from synth_agent.planner.published import Gains, published_gains
 from synth_agent.recipes import Recipe, steps_of
 from synth_agent.runs import Run, Score
 from synth_agent.wording import BENCHMARK_NAMES
@@ -76,7 +78,11 @@ class Evidence:
 
 
 def gather(
-    recipes: Sequence[Recipe], history: Sequence[Run], baseline: Recipe, settings: Mapping[str, Any]
+    recipes: Sequence[Recipe],
+    history: Sequence[Run],
+    baseline: Recipe,
+    settings: Mapping[str, Any],
+    tables: Sequence[ImportedTable] = (),
 ) -> dict[str, Evidence]:
     """Return what is known, benchmark by benchmark.
 
@@ -85,11 +91,15 @@ def gather(
         history: Runs; those that succeeded with these settings, seeds apart, count.
         baseline: The recipe that all differences are to.
         settings: The settings that the next run would have.
+        tables: Imported tables; none where one of them is what is being replayed.
     """
     usable = [run for run in history if run.is_measured and comparable(run, settings)]
     names = dict.fromkeys(name for run in usable for name in run.scores)
     names = names or dict.fromkeys(BENCHMARK_NAMES)
-    return {name: _of_benchmark(name, recipes, usable, baseline, settings) for name in names}
+    published = published_gains(recipes, tables)
+    return {
+        name: _of_benchmark(name, recipes, usable, baseline, settings, published) for name in names
+    }
 
 
 def comparable(run: Run, settings: Mapping[str, Any]) -> bool:
@@ -122,6 +132,7 @@ def _of_benchmark(
     runs: Sequence[Run],
     baseline: Recipe,
     settings: Mapping[str, Any],
+    published: Sequence[tuple[int, Gains]],
 ) -> Evidence:
     scored = [run for run in runs if name in run.scores]
     zero = [run.scores[name] for run in scored if same_steps(run, baseline)]
@@ -134,7 +145,7 @@ def _of_benchmark(
     scale = Scale(heaps, level)
     rows = [
         *(_measured(recipes, run, name, scale, sd, len(zero)) for run in scored if zero),
-        *(_imported(position, recipe, name, scale, sd) for position, recipe in enumerate(recipes)),
+        *((at, *_imported(gains[name], scale, sd)) for at, gains in published if name in gains),
     ]
     known = [row for row in rows if row is not None]
     table: Array = np.array(known, dtype=np.float64).reshape(-1, 3)
@@ -162,14 +173,8 @@ def _question_sd(run: Run, name: str, score: Score) -> float:
     return (ends.high - ends.low) / 3.92
 
 
-def _imported(
-    position: int, recipe: Recipe, name: str, scale: Scale, sd: float
-) -> tuple[int, float, float] | None:
-    """Return the weak result that a published gain is; None without one."""
-    if name not in recipe.published or name not in ASSUMPTIONS[""]:
-        return None
-    published = ASSUMPTIONS[""][name].sd
-    gain = math.log(max(recipe.published[name], 0.01)) / published
+def _imported(gain: float, scale: Scale, sd: float) -> tuple[float, float]:
+    """Return value and noise of the weak result that a published gain, in spreads, is."""
     points = IMPORTED_SHARE * min(max(gain, -MOST_IMPORTED), MOST_IMPORTED) * sd
     points = min(max(points, 1.0 - scale.baseline), 100.0 - scale.baseline)
-    return position, scale.enter(points), scale.noise(points, IMPORTED_NOISES * sd)
+    return scale.enter(points), scale.noise(points, IMPORTED_NOISES * sd)
