@@ -39,8 +39,10 @@ class NotebookScreen(Screen[None]):
         yield from ()
 
     def watch_notebook(self, notebook: Notebook | None) -> None:
-        if notebook is not None and self.is_ready:
-            self.query_one(NavigationBar).show_live(notebook.live)
+        bars = self.query(NavigationBar)
+        # What was read may arrive while the app closes, when the widgets are gone already.
+        if notebook is not None and self.is_ready and bars:
+            bars.first().show_live(notebook.live)
             self.show_notebook(notebook)
 
     def on_mount(self) -> None:
