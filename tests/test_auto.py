@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from synth_agent.alternatives import propose_alternatives
 from synth_agent.auto import Auto, Stop, budget_seconds, report
 from synth_agent.errors import InvalidInput
 from synth_agent.planner import BuiltinPlanner
-from synth_agent.runs import Event, Limits, Plan, Proposal, Rejection, Run
+from synth_agent.runs import Event, Limits, Plan, Proposal, Rejection, Run, Score
 from synth_agent.workspace import Workspace
 from tests.gate_world import fill_settings, flip, recipe_proposal
 
@@ -41,6 +41,12 @@ class Script:
         self, workspace: Workspace, history: Sequence[Run], rejections: Sequence[Rejection]
     ) -> Proposal | None:
         return self.proposals.pop(0) if self.proposals else None
+
+
+SCORES = [
+    asdict(Score(name, "val", "accuracy", 40.0, 38.0, 42.0, 0.0, 500, "", "", "x"))
+    for name in ("textvqa", "mmbench")
+]
 
 
 class Machine:
@@ -68,6 +74,7 @@ class Machine:
             Event(start.isoformat(), "run_started", {}),
             Event(start.isoformat(), "stage_started", {"stage": "finetune"}),
             Event(end, "stage_finished", fields),
+            *(Event(end, "score_recorded", {"score": score}) for score in SCORES),
             Event(end, "run_finished", finished),
         ]
         path = workspace.run(run_id).events

@@ -13,6 +13,7 @@ Owns the files of a processed dataset: `processed.jsonl` (competition format), `
 from __future__ import annotations
 
 import argparse
+import errno
 import functools
 import hashlib
 import json
@@ -93,9 +94,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         except Exception as error:  # noqa: BLE001  the process's outermost edge
             traceback.print_exc()
             described = f"{type(error).__name__}: {error}"
+            if (full := _full_disk(error)) is not None:
+                described = f"{full}: {described}"
             progress.error(SynthAgentError("Processing failed", described, "see the stage's log"))
             return EXIT_FAILED
     return EXIT_OK
+
+
+def _full_disk(error: BaseException | None) -> OSError | None:
+    """Return the full disk that an error comes from; libraries put errors of their own before it."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return error
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def process(arguments: argparse.Namespace, progress: StageProgress) -> None:
