@@ -165,3 +165,27 @@ def _upper(sd: float, degrees: float) -> float:
     )  # here: it costs a third of a second, which readers do not need
 
     return sd * math.sqrt(degrees / float(chdtri(degrees, 0.95)))
+
+
+def answered_the_same(runs: Sequence[Run], benchmark: str, like: Run) -> list[Run]:
+    """Return the runs that answered the questions that `like` did, as far as their scores tell."""
+    mine = like.scores[benchmark]
+    same = (mine.split, mine.num_questions, mine.scorer)
+    scores = ((run, run.scores.get(benchmark)) for run in runs)
+    return [run for run, s in scores if s and (s.split, s.num_questions, s.scorer) == same]
+
+
+def workspace_noise(runs: Sequence[Run], benchmark: str, parent: Run) -> SeedNoise:
+    """Return the spread over seeds that a workspace's runs show, joined with what is assumed.
+
+    Args:
+        runs: Runs of the workspace; those that answered other questions are left out.
+        benchmark: A benchmark that `parent` was scored on.
+        parent: The run that others are compared with.
+    """
+    model = parent.plan.proposal.settings.get("model", {}).get("name", "")
+    assumed = assumed_noise(benchmark, model, parent.scores[benchmark].percent)
+    groups = replicates(answered_the_same(runs, benchmark, parent), benchmark).values()
+    return seed_noise(
+        [[run.scores[benchmark].percent for run in group] for group in groups], assumed
+    )

@@ -30,10 +30,8 @@ from synth_agent.data import atomic_file
 from synth_agent.digests import Digests
 from synth_agent.errors import Busy, Conflict, InvalidInput, SynthAgentError
 from synth_agent.gate import approved_inputs, check_approval, check_limits, folder_inputs
-from synth_agent.referee import compare_scores
 from synth_agent.runs import (
     BUILTIN_PLANNER,
-    Comparison,
     Event,
     Plan,
     Proposal,
@@ -382,24 +380,6 @@ def list_rejections(workspace: Workspace) -> list[Rejection]:
             Rejection(folder.name, proposal, record["reason"], record["by"], record["at"])
         )
     return rejections
-
-
-def compare_runs(workspace: Workspace, earlier: str, later: str) -> list[Comparison]:
-    """Compare two runs on the benchmarks that both have, question by question.
-
-    Raises:
-        InvalidInput: If they answered different questions.
-    """
-    before, after = read_events(workspace, earlier), read_events(workspace, later)
-    comparisons = []
-    for name in sorted(before.scores.keys() & after.scores.keys()):
-        old = question_scores(workspace.path(before.scores[name].predictions))
-        new = question_scores(workspace.path(after.scores[name].predictions))
-        d = compare_scores(old, new)
-        comparisons.append(
-            Comparison(name, earlier, d.points, d.low, d.high, d.num_questions, d.outcome)
-        )
-    return comparisons
 
 
 def question_scores(predictions: Path) -> dict[str, float]:

@@ -1,15 +1,12 @@
 """Verdicts from per-question scores. Pure functions: no files, no clock, no global random state.
 
-The interval of one score is a percentile bootstrap over questions. `compare_scores` puts two runs
-side by side by the paired bootstrap: both are resampled with the same questions, so that what makes
-a question hard cancels out. It covers the choice of questions, not the training seed.
-
-`judge` decides. Its interval covers the questions, the training seeds of both arms and the number
-of tries; `shrink` says what is left to expect of a difference that was picked among others; and
+The interval of one score is a percentile bootstrap over questions. `judge` decides between two
+arms; its interval covers the questions, the training seeds of both arms and the number of tries.
+`shrink` says what is left to expect of a difference that was picked among others, and
 `seeds_needed` and `detectable_difference` say beforehand what a verdict takes.
 
-Source: B. Efron and R. Tibshirani, An Introduction to the Bootstrap, 1993, chapters 13 and 16
-(percentile intervals, paired data).
+Source of the bootstrap: B. Efron and R. Tibshirani, An Introduction to the Bootstrap, 1993, chapter
+13 (percentile intervals).
 """
 
 from __future__ import annotations
@@ -40,18 +37,6 @@ _GRID = 96
 Outcome = Literal["better", "worse", "inside noise"]
 Scores = Mapping[str, float]
 """Question id to score, 0 to 1, of one run."""
-
-
-@dataclass(frozen=True)
-class Difference:
-    """One run minus another on the same questions, in percentage points."""
-
-    points: float
-    low: float
-    high: float
-    """Ends of the 95 % paired bootstrap interval."""
-    num_questions: int
-    outcome: Outcome
 
 
 @dataclass(frozen=True)
@@ -119,35 +104,6 @@ def interval(scores: Sequence[float], *, seed: int = SEED) -> tuple[float, float
     means = _resampled_means(np.asarray(scores, dtype=np.float64), seed)
     low, high = np.percentile(means, [2.5, 97.5])
     return 100 * float(low), 100 * float(high)
-
-
-def compare_scores(
-    parent: Mapping[str, float], child: Mapping[str, float], *, seed: int = SEED
-) -> Difference:
-    """Compare two runs question by question.
-
-    Args:
-        parent: Question id to score, 0 to 1.
-        child: The same of the run that is judged.
-        seed: Seed of the resampling.
-
-    Returns:
-        The difference child minus parent. It is inside noise when its interval holds zero.
-
-    Raises:
-        InvalidInput: If the two runs did not answer the same questions.
-    """
-    _check_same_questions(parent, child)
-    questions = sorted(parent)
-    differences = np.array([child[q] - parent[q] for q in questions], dtype=np.float64)
-    low, high = interval(differences.tolist(), seed=seed)
-    return Difference(
-        points=100 * float(differences.mean()),
-        low=low,
-        high=high,
-        num_questions=len(questions),
-        outcome=_outcome(low, high),
-    )
 
 
 def level(tries: int) -> float:

@@ -224,7 +224,7 @@ class Comparison:
     low: float
     high: float
     """Interval of the difference. With a `basis` it covers questions, seeds and tries; without, it
-    is the 95 % paired bootstrap over questions."""
+    covers the questions only."""
     num_questions: int
     verdict: Verdict
     expected: float | None = None

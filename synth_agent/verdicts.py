@@ -10,7 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from synth_agent.errors import InvalidInput, SynthAgentError
-from synth_agent.noise import SeedNoise, assumed_noise, replicate_key, replicates, seed_noise
+from synth_agent.noise import (
+    SeedNoise,
+    answered_the_same,
+    replicate_key,
+    replicates,
+    workspace_noise,
+)
 from synth_agent.pipeline import list_runs, question_scores, read_events
 from synth_agent.referee import Measured, judge, measure, power_words
 from synth_agent.runs import Comparison, Run
@@ -89,10 +95,7 @@ class _Benchmark:
 
     def _scored(self) -> list[Run]:
         """Return the runs that answered the same questions, as far as their scores tell."""
-        mine = self.after.scores[self.name]
-        same = (mine.split, mine.num_questions, mine.scorer)
-        scores = ((run, run.scores.get(self.name)) for run in self.history)
-        return [run for run, s in scores if s and (s.split, s.num_questions, s.scorer) == same]
+        return answered_the_same(self.history, self.name, self.after)
 
     def _arm(self, run: Run, other: Run) -> list[Scores]:
         """Return the scores of a run and of its replicates, without those of the other arm."""
@@ -120,11 +123,7 @@ class _Benchmark:
             return None
 
     def _noise(self) -> SeedNoise:
-        model = self.before.plan.proposal.settings.get("model", {}).get("name", "")
-        assumed = assumed_noise(self.name, model, self.before.scores[self.name].percent)
-        groups = replicates(self._scored(), self.name).values()
-        percents = [[run.scores[self.name].percent for run in group] for group in groups]
-        return seed_noise(percents, assumed)
+        return workspace_noise(self._scored(), self.name, self.before)
 
     def _tried(self) -> list[Run]:
         """Return the runs of other data that were compared with the same parent before."""

@@ -15,7 +15,7 @@ from synth_agent.data_keys import remember_data_key
 from synth_agent.planner.builtin import propose_recipe
 from synth_agent.planner.exchange import Reply, Request, ToolCall
 from synth_agent.recipes import recipe_from_mapping
-from synth_agent.runs import Comparison, Plan, Prediction, Proposal, Rejection, Run, Score
+from synth_agent.runs import Comparison, Plan, Prediction, Proposal, Rejection, Run, Score, digest
 from synth_agent.statistics import ColumnWriter, SampleRow, column_spec, write_samples
 from synth_agent.workspace import Workspace
 
@@ -63,7 +63,13 @@ def finished(proposal: Proposal, number: int, **points: float) -> Run:
     """Return a succeeded run; `points` are differences to the parent."""
     run_id = f"{number:04d}-{proposal.slug}"
     run = Run(run_id, Plan(run_id, proposal, "a test", "", proposal.sha256), "succeeded")
-    run.stages["process"].result = {"kept": 30, "seed_samples": ROWS}
+    process = run.stages["process"]
+    process.status = "succeeded"
+    process.result = {
+        "kept": 30,
+        "seed_samples": ROWS,
+        "digest": digest(proposal.recipe.get("process")),
+    }
     for name, base in (("textvqa", 40.0), ("mmbench", 20.0)):
         run.scores[name] = score(name, base + points.get(name, 0.0))
         if proposal.parent:

@@ -11,12 +11,12 @@ from dataclasses import replace
 import pytest
 
 from synth_agent.imported import bring_shipped, list_imported
+from synth_agent.noise import workspace_noise
 from synth_agent.planner.context import (
     DEFAULT_BUDGET,
     Section,
     build_context,
     imported_name,
-    noise_floor,
     render,
     statistics_lines,
     steps_text,
@@ -149,14 +149,20 @@ def test_older_runs_are_folded_and_the_best_stay(workspace: Workspace) -> None:
     assert "with words_num_filter: 899 runs" in text
 
 
-def test_the_noise_floor_comes_from_replicates(workspace: Workspace) -> None:
+def test_the_noise_floor_is_the_referees_and_comes_from_replicates(workspace: Workspace) -> None:
     runs = history(workspace)
-    again = replace(runs[1].plan.proposal, kind="replicate", parent=runs[1].id)
-    runs.append(finished(again, 3, textvqa=3.5, mmbench=-0.5))
-    floor = noise_floor(runs)
-    assert floor["textvqa"] == (pytest.approx(2**0.5), 1)
-    assert floor["mmbench"] == (0.0, 1)
-    assert "textvqa 1.41 (1 pairs)" in render(build_context(workspace, runs, ()))
+    assert "assumed from" in render(build_context(workspace, runs, ()))
+    # As the planner repeats a run: with the baseline as its parent and a seed of its own.
+    for number in range(3, 9):
+        pattern = runs[1].plan.proposal
+        again = replace(
+            pattern, kind="replicate", settings={**pattern.settings, "seed": 1000 + number}
+        )
+        runs.append(finished(again, number, textvqa=1.5 + 2 * (number % 2), mmbench=-0.5))
+    text = render(build_context(workspace, runs, ()))
+    noise = workspace_noise(runs, "textvqa", runs[0])
+    assert not noise.assumed
+    assert f"textvqa {noise.sd:.2f}, measured here on 7 runs of 1 plan" in text
 
 
 def test_a_rejection_comes_with_its_reason(workspace: Workspace) -> None:

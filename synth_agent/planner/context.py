@@ -15,6 +15,7 @@ from typing import Any
 
 from synth_agent.catalogue import load_catalogue
 from synth_agent.imported import ImportedResult, ImportedTable, list_imported
+from synth_agent.noise import workspace_noise
 from synth_agent.planner.fencing import cut, estimated_tokens, untrusted, visible
 from synth_agent.recipe_policy import MODEL_PREFIX, refusal
 from synth_agent.recipes import Recipe, list_recipes, steps_of
@@ -288,32 +289,12 @@ def _baseline(workspace: Workspace, runs: Sequence[Run]) -> list[str]:
         f"chance {s.chance:.1f}"
         for name, s in sorted(baseline.scores.items())
     )
-    floor = noise_floor(runs)
-    known = ", ".join(f"{n} {sd:.2f} ({count} pairs)" for n, (sd, count) in sorted(floor.items()))
+    floor = {name: workspace_noise(done, name, baseline) for name in sorted(baseline.scores)}
+    known = "; ".join(f"{name} {noise.sd:.2f}, {noise.basis}" for name, noise in floor.items())
     return [
         f"{run_name(baseline.id)}: {scores}",
-        f"Spread between training seeds (sd, points): {known or 'not measured, no replicate yet'}",
+        f"Spread between training seeds (sd, points): {known}",
     ]
-
-
-def noise_floor(runs: Sequence[Run]) -> dict[str, tuple[float, int]]:
-    """Return, for each benchmark, the spread between seeds in points and the pairs behind it.
-
-    A replicate and its parent differ in the seed alone, so the standard deviation of one run is
-    their root mean square difference over the square root of two.
-    """
-    by_id = {run.id: run for run in runs}
-    squares: dict[str, list[float]] = defaultdict(list)
-    for run in runs:
-        proposal = run.plan.proposal
-        parent = by_id.get(proposal.parent or "")
-        if proposal.kind != "replicate" or parent is None:
-            continue
-        if steps_of(proposal.recipe) != steps_of(parent.plan.proposal.recipe):
-            continue
-        for name in run.scores.keys() & parent.scores.keys():
-            squares[name].append((run.scores[name].percent - parent.scores[name].percent) ** 2)
-    return {name: ((fmean(found) / 2) ** 0.5, len(found)) for name, found in squares.items()}
 
 
 def _effects(runs: Sequence[Run]) -> list[str]:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from synth_agent import pipeline
+from synth_agent import pipeline, verdicts
 from synth_agent.catalogue import OperatorSpec, load_catalogue
 from synth_agent.errors import InvalidInput, SynthAgentError, nearest
 from synth_agent.fit import estimate_cost
@@ -436,7 +436,7 @@ def _kept(result: Mapping[str, Any]) -> int | None:
 
 def _compare(call: _Call) -> dict[str, Any]:
     earlier, later = call.run("earlier"), call.run("later")
-    found = pipeline.compare_runs(call.workspace, earlier.id, later.id)
+    found = verdicts.compare_runs(call.workspace, earlier.id, later.id)
     return {
         "earlier": run_name(earlier.id),
         "later": run_name(later.id),
@@ -446,8 +446,11 @@ def _compare(call: _Call) -> dict[str, Any]:
                 "points": c.difference,
                 "low": c.low,
                 "high": c.high,
+                "expected": c.expected,
                 "questions": c.num_questions,
                 "verdict": c.verdict,
+                "basis": c.basis,
+                "power": c.power,
             }
             for c in found
         ],
