@@ -205,7 +205,7 @@ def _before_attention(
     norm, query, key, value = weights
     normed = _rms_norm(hidden, norm, choices.eps)
     heads = [
-        _linear(normed, part, choices, training).unflatten(-1, (-1, choices.head_width))
+        _linear(normed, part, choices, training).view(len(hidden), -1, choices.head_width)
         for part in (query, key, value)
     ]
     return _rotated(heads[0], cos, sin), _rotated(heads[1], cos, sin), heads[2]

@@ -38,18 +38,18 @@ def attend(query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, longest: i
         # PyTorch's public wrapper of this operator changed its arguments from release to release;
         # the operator, which has a gradient of its own, did not.
         forward: Any = torch.ops.aten._flash_attention_forward
-        mixed = forward(
+        outputs: tuple[Tensor, ...] = forward(
             query, key, value.contiguous(), bounds, bounds, longest, longest, 0.0, True, False
-        )[0]
-        return mixed
+        )
+        return outputs[0]
     return _attend_each(query, key, value, bounds)
 
 
 def _attend_each(query: Tensor, key: Tensor, value: Tensor, bounds: Tensor) -> Tensor:
     mixed = []
     for start, end in pairwise(bounds.tolist()):
-        parts = (part[start:end].transpose(0, 1)[None] for part in (query, key, value))
-        one = F.scaled_dot_product_attention(*parts, is_causal=True, enable_gqa=True)
+        q, k, v = (part[start:end].transpose(0, 1)[None] for part in (query, key, value))
+        one = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
         mixed.append(one[0].transpose(0, 1))
     return torch.cat(mixed)
 
