@@ -59,9 +59,22 @@ def preprocess_image(
     Returns:
         (3, S, S), float32, normalised.
     """
+    return normalised(square_pixels(image, size, aspect_ratio, mean), mean, std)
+
+
+def square_pixels(
+    image: Image.Image, size: int, aspect_ratio: AspectRatio, mean: Sequence[float]
+) -> Tensor:
+    """Return a picture squared and resized as bytes (3, S, S), not yet normalised."""
     pixels = _resize_and_crop(_squared(image.convert("RGB"), aspect_ratio, mean), size)
-    values = torch.from_numpy(np.array(pixels)).permute(2, 0, 1).float() / 255  # (3, S, S)
-    return (values - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
+    return torch.from_numpy(np.array(pixels)).permute(2, 0, 1)  # (3, S, S)
+
+
+def normalised(pixels: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """Return bytes (..., 3, S, S) as float32, normalised, on their device."""
+    means = torch.tensor(mean, device=pixels.device)[:, None, None]
+    deviations = torch.tensor(std, device=pixels.device)[:, None, None]
+    return (pixels.float() / 255 - means) / deviations
 
 
 def _squared(image: Image.Image, aspect_ratio: AspectRatio, mean: Sequence[float]) -> Image.Image:
@@ -142,6 +155,11 @@ class InstructionDataset:
         """Return a record's own id, or its position when it has none."""
         return str(self.records[index].get("id", index))
 
+    def picture_of(self, index: int) -> int | None:
+        """Return the position in `pictures` of a record's picture; None when it has none."""
+        record = self.records[index]
+        return self._picture_of[record["image"]] if "image" in record else None
+
     @property
     def num_without_labels(self) -> int:
         """Records that teach nothing, because their answers could not be told from the rest."""
@@ -161,15 +179,10 @@ class InstructionDataset:
             lengths.append(words if "image" in record else -words)
         return lengths
 
-    def load_picture(
-        self,
-        position: int,
-        size: int,
-        aspect_ratio: AspectRatio,
-        mean: Sequence[float],
-        std: Sequence[float],
+    def load_pixels(
+        self, position: int, size: int, aspect_ratio: AspectRatio, mean: Sequence[float]
     ) -> Tensor:
-        """Return picture `position` as (3, size, size).
+        """Return picture `position` as bytes (3, size, size).
 
         Raises:
             InputError: If it cannot be decoded, naming the records that use it.
@@ -177,7 +190,7 @@ class InstructionDataset:
         name = self.pictures[position]
         try:
             with Image.open(self.images / name) as image:
-                return preprocess_image(image, size, aspect_ratio, mean, std)
+                return square_pixels(image, size, aspect_ratio, mean)
         except _UNREADABLE as error:
             users = [
                 self.record_id(index)
@@ -200,17 +213,11 @@ class InstructionDataset:
             cut = min(len(row.input_ids), length)
             ids[position, :cut] = torch.tensor(row.input_ids[:cut])
             labels[position, :cut] = torch.tensor(row.labels[:cut])
-        pictures = tuple(
-            self._picture_of[self.records[index]["image"]]
-            if "image" in self.records[index]
-            else None
-            for index in indices
-        )
         return Batch(
             ids,
             labels,
             (ids != self.pad_id).long(),
-            pictures,
+            tuple(self.picture_of(index) for index in indices),
             tuple(self.record_id(index) for index in indices),
         )
 

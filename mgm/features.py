@@ -1,25 +1,31 @@
 """What the frozen towers say about the pictures of a data set.
 
-Either every picture is encoded once and kept (`cached`), or each batch is encoded when it is needed.
-Keeping is exact while the towers are deterministic, so it excludes drop path.
+Either every picture is encoded once and kept, or each pass's pictures are encoded when it is their
+turn; then pictures that were announced are decoded meanwhile. Keeping is exact while the towers are
+deterministic, so it excludes drop path.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from mgm.data import InstructionDataset
+from mgm.data import AspectRatio, InstructionDataset, normalised
 from mgm.errors import InputError
 from mgm.model import MGM, TowerFeatures
 from mgm.progress import Progress
 
 ENCODING_BATCH = 32
+ANNOUNCED_PICTURES = 96
+"""Decoded pictures that wait at most: 1.7 MB each at the published size."""
 _GIB = 2**30
+
+Towers = Callable[[Tensor | None, Tensor], TowerFeatures]
+"""Normalised pictures (low resolution or None, high resolution) -> features."""
 
 
 class PictureFeatures:
@@ -30,12 +36,20 @@ class PictureFeatures:
         dataset: Gives the pictures.
         workers: Threads that decode pictures.
         aspect_ratio: How pictures become square.
+        towers: Run them; None runs the model's as they are.
     """
 
     def __init__(
-        self, model: MGM, dataset: InstructionDataset, workers: int, aspect_ratio: str
+        self,
+        model: MGM,
+        dataset: InstructionDataset,
+        workers: int,
+        aspect_ratio: str,
+        towers: Towers | None = None,
     ) -> None:
         self._model = model
+        self._towers = towers or model.towers
+        self._announced: dict[int, Future[Tensor]] = {}
         self._dataset = dataset
         self._aspect_ratio = aspect_ratio
         self._pool = ThreadPoolExecutor(max(1, workers))
@@ -67,6 +81,16 @@ class PictureFeatures:
         self._blank = self._encode([None]).to(device="cpu")
         self._cached = TowerFeatures.cat([*parts, self._blank])
 
+    def announce(self, pictures: Iterable[int | None]) -> None:
+        """Start decoding pictures that will be asked for soon, as many as may wait."""
+        if self._cached is not None:
+            return
+        for position in pictures:
+            if len(self._announced) >= ANNOUNCED_PICTURES:
+                return
+            if position is not None and position not in self._announced:
+                self._announced[position] = self._pool.submit(self._load, position)
+
     def of(self, pictures: Sequence[int | None]) -> TowerFeatures:
         """Return the features of a batch's pictures, on the model's device."""
         if self._cached is None:
@@ -76,24 +100,25 @@ class PictureFeatures:
         return self._cached[rows].to(device=self._model.device)
 
     def _encode(self, pictures: Sequence[int | None]) -> TowerFeatures:
-        size = self._model.config.image_size_aux
-        loaded = list(self._pool.map(self._load, pictures))
-        images = torch.stack(
-            [torch.zeros(3, size, size) if image is None else image for image in loaded]
-        )  # (I, 3, S, S)
-        return self._model.towers(None, images.to(self._model.device))
-
-    def _load(self, position: int | None) -> Tensor | None:
-        if position is None:
-            return None
         config = self._model.config
-        return self._dataset.load_picture(
-            position,
-            config.image_size_aux,
-            "pad" if self._aspect_ratio == "pad" else "square",
-            config.image_mean,
-            config.image_std,
-        )
+        wanted = dict.fromkeys(position for position in pictures if position is not None)
+        for position in wanted:
+            if position not in self._announced:
+                self._announced[position] = self._pool.submit(self._load, position)
+        pixels = {position: self._announced.pop(position).result() for position in wanted}
+        device = self._model.device
+        images = torch.zeros(len(pictures), 3, config.image_size_aux, config.image_size_aux)
+        images = images.to(device)  # blank pictures are zero after normalisation
+        places = [place for place, position in enumerate(pictures) if position is not None]
+        if places:
+            stacked = torch.stack([pixels[p] for p in pictures if p is not None]).to(device)
+            images[places] = normalised(stacked, config.image_mean, config.image_std)
+        return self._towers(None, images)
+
+    def _load(self, position: int) -> Tensor:
+        config = self._model.config
+        ratio: AspectRatio = "pad" if self._aspect_ratio == "pad" else "square"
+        return self._dataset.load_pixels(position, config.image_size_aux, ratio, config.image_mean)
 
 
 def _refuse_if_too_large(part: TowerFeatures, num_pictures: int, total: int) -> None:

@@ -78,3 +78,14 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> float:
 def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
     """Clip all gradients together and return their norm before clipping."""
     return nn.utils.clip_grad_norm_(list(parameters), max_norm, foreach=True)
+
+
+def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
+    """Return the norm of all gradients together, in float32 whatever theirs is."""
+    norms = [
+        torch.linalg.vector_norm(parameter.grad, dtype=torch.float32)
+        for parameter in parameters
+        if parameter.grad is not None
+    ]
+    norm: Tensor = torch.linalg.vector_norm(torch.stack(norms))
+    return norm

@@ -32,8 +32,9 @@ from mgm.files import read_json, write_json
 from mgm.program import EXIT_TERMINATED, run_program
 from mgm.progress import Progress
 from mgm.settings import parse_settings
-from mgm.train import FINISHED_FILE, METRICS_FILE, train
+from mgm.train import FINISHED_FILE, train
 from mgm.train_settings import TrainSettings, stage_defaults
+from mgm.trainer import METRICS_FILE
 from mgm.training_state import STATE_FILE
 
 STARTS_FILE = "starts.json"

@@ -20,9 +20,7 @@ import json
 import os
 import signal
 import sys
-import time
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from types import FrameType
 
@@ -39,184 +37,28 @@ from mgm.checkpoint import (
     save_projector,
 )
 from mgm.config import ModelConfig
-from mgm.data import Batch, InstructionDataset
+from mgm.data import InstructionDataset
+from mgm.engine import LocalEngine
 from mgm.errors import InputError
+from mgm.execution import Execution, PackedExecution, PaddedExecution
 from mgm.features import PictureFeatures
 from mgm.files import read_json, write_json
 from mgm.model import MGM, init_vision_modules
-from mgm.optimization import Schedule, clip_gradients, parameter_groups, set_learning_rate
+from mgm.packed import PackedLanguage
 from mgm.program import EXIT_INTERRUPTED, EXIT_TERMINATED, run_program
 from mgm.progress import Progress
-from mgm.sampling import grouped_order, shuffled_order
 from mgm.settings import parse_settings
 from mgm.train_settings import TrainSettings, stage_defaults
-from mgm.training_state import TrainingState, load_state, save_state
+from mgm.trainer import Order, Trainer
+from mgm.training_state import TrainingState, load_state
 
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt")
 """Large files: their size and time stand for their content."""
-METRICS_FILE = "metrics.jsonl"
+DEFAULT_TOKENS = 4864
+"""Positions of a pass where nobody says otherwise: eight captions with their pictures."""
 FINISHED_FILE = "train_state.json"
 UNLABELLED_SHARE = 0.01
 """More records than this without a label are refused: the template does not fit the data."""
-
-Order = Callable[[int], list[int]]
-"""Epoch -> positions of its samples."""
-
-
-class Trainer:
-    """The loop over optimizer steps.
-
-    Args:
-        model: On its device, with only what is trained requiring gradients.
-        dataset: The records.
-        features: Of the pictures.
-        settings: Of the stage.
-        order: Samples of each epoch; None follows the settings.
-    """
-
-    def __init__(
-        self,
-        model: MGM,
-        dataset: InstructionDataset,
-        features: PictureFeatures,
-        settings: TrainSettings,
-        order: Order | None = None,
-    ) -> None:
-        self.model = model
-        self.dataset = dataset
-        self.features = features
-        self.settings = settings
-        self.order = order or self._order
-        self.trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
-        self.optimizer = torch.optim.AdamW(
-            parameter_groups(
-                self.trained.items(),
-                settings.learning_rate,
-                settings.projector_learning_rate,
-                settings.weight_decay,
-            ),
-            betas=(settings.adam_beta1, settings.adam_beta2),
-            eps=settings.adam_eps,
-        )
-        total = settings.total_steps(len(dataset))
-        self.schedule = Schedule(total, settings.warmup_ratio)
-        self.stop_signal: int | None = None
-        self._epoch: tuple[int, list[int]] = (-1, [])
-
-    def run(self, state: TrainingState, progress: Progress) -> bool:
-        """Train until the last step or a signal; return whether the last step was reached."""
-        settings, total = self.settings, self.schedule.total_steps
-        self.model.train()
-        metrics = settings.output / METRICS_FILE
-        _keep_lines(metrics, state.step // settings.logging_steps)
-        started, samples_before = time.monotonic(), state.samples_seen
-        seconds_before = state.seconds
-        while state.step < total and self.stop_signal is None:
-            loss, norm, rate = self.step(state)
-            state.seconds = seconds_before + time.monotonic() - started
-            if state.step % settings.logging_steps == 0 or state.step == total:
-                window = state.losses[-settings.logging_steps :]
-                speed = (state.samples_seen - samples_before) / (time.monotonic() - started)
-                values = {"loss": sum(window) / len(window), "lr": rate, "grad_norm": norm}
-                self._report(metrics, state.step, speed, values, progress)
-            if state.step % settings.save_steps == 0 and state.step < total:
-                self.save(state)
-        self.save(state)
-        return state.step == total
-
-    def _report(
-        self, metrics: Path, step: int, speed: float, values: dict[str, float], progress: Progress
-    ) -> None:
-        progress.update(
-            step=step,
-            total=self.schedule.total_steps,
-            unit="steps",
-            samples_per_second=speed,
-            loss=values["loss"],
-            lr=values["lr"],
-            grad_norm=values["grad_norm"],
-        )
-        with metrics.open("a", encoding="utf-8") as lines:
-            lines.write(json.dumps({"step": step, **values}) + "\n")
-        numbers = " ".join(f"{name} {value:.4g}" for name, value in values.items())
-        print(
-            f"step {step}/{self.schedule.total_steps} {numbers} {speed:.1f} samples/s", flush=True
-        )
-
-    def save(self, state: TrainingState) -> None:
-        """Write the state to resume from."""
-        save_state(self.settings.output / "state", state, self.trained, self.optimizer)
-
-    def step(self, state: TrainingState) -> tuple[float, float, float]:
-        """Do one optimizer step and return its loss, gradient norm and the next step's rate.
-
-        Raises:
-            InputError: If the loss or the gradient is not a number, naming step and records.
-        """
-        set_learning_rate(self.optimizer, self.schedule.factor(state.step))
-        self.optimizer.zero_grad(set_to_none=True)
-        total = 0.0
-        record_ids: list[str] = []
-        for indices in self._micro_batches(state.step):
-            batch = self.dataset.collate(indices)
-            record_ids += batch.record_ids
-            total += self._accumulate(batch, state)
-        norm = float(clip_gradients(self.trained.values(), self.settings.max_grad_norm))
-        if not norm < float("inf"):
-            raise _not_a_number("gradient", norm, state.step, record_ids)
-        self.optimizer.step()
-        state.step += 1
-        state.losses.append(total)
-        rate = set_learning_rate(self.optimizer, self.schedule.factor(state.step))
-        return total, norm, rate
-
-    def _accumulate(self, batch: Batch, state: TrainingState) -> float:
-        """Add a micro-batch's gradient and return its share of the step's loss."""
-        device = self.model.device
-        state.samples_seen += len(batch.record_ids)
-        with self._autocast():
-            output = self.model(
-                batch.input_ids.to(device),
-                batch.labels.to(device),
-                batch.attention_mask.to(device),
-                features=self.features.of(batch.pictures),
-            )
-        if output.num_labels == 0:
-            state.unlabelled_micro_batches += 1
-            return 0.0
-        loss = output.loss / self.settings.accumulation_steps
-        value = float(loss.detach())
-        if not abs(value) < float("inf"):
-            raise _not_a_number("loss", value, state.step, batch.record_ids)
-        loss.backward()
-        return value
-
-    def _autocast(self) -> torch.autocast | nullcontext[None]:
-        if self.settings.dtype == "float32":
-            return nullcontext()
-        return torch.autocast(self.model.device.type, torch.bfloat16)
-
-    def _micro_batches(self, step: int) -> list[list[int]]:
-        """Return the micro-batches of an optimizer step; an epoch's left-over one is dropped."""
-        per_epoch = self.settings.steps_per_epoch(len(self.dataset))
-        epoch, position = divmod(step, per_epoch)
-        if self._epoch[0] != epoch:
-            self._epoch = (epoch, self.order(epoch))
-        size = self.settings.micro_batch_size
-        start = position * self.settings.global_batch_size
-        samples = self._epoch[1][start : start + self.settings.global_batch_size]
-        return [samples[i : i + size] for i in range(0, len(samples), size)]
-
-    def _order(self, epoch: int) -> list[int]:
-        seed = self.settings.data_seed + epoch
-        if not self.settings.group_by_modality_length:
-            return shuffled_order(len(self.dataset), seed)
-        return grouped_order(
-            self.dataset.modality_lengths(),
-            self.settings.micro_batch_size,
-            self.settings.accumulation_steps,
-            torch.Generator().manual_seed(seed),
-        )
 
 
 def prepare_model(settings: TrainSettings) -> tuple[MGM, PreTrainedTokenizerBase]:
@@ -247,14 +89,18 @@ def prepare_model(settings: TrainSettings) -> tuple[MGM, PreTrainedTokenizerBase
     if settings.projector is not None:
         load_projector(model, settings.projector)
     unfreeze(model, settings)
-    if settings.gradient_checkpointing:
+    if settings.gradient_checkpointing and settings.numerics == "reference":
         model.language_model.gradient_checkpointing_enable({"use_reentrant": False})
     tokenizer = AutoTokenizer.from_pretrained(str(settings.language_model), local_files_only=True)
     return model.to(_device(settings)), tokenizer
 
 
 def unfreeze(model: MGM, settings: TrainSettings) -> None:
-    """Let exactly what the method trains require gradients, as float32 master weights."""
+    """Let exactly what the method trains require gradients.
+
+    It is in float32, but for a language model that is trained in full with fast numerics: that
+    stays in the dtype of the arithmetic, and its masters are the optimizer's.
+    """
     model.requires_grad_(False)
     if settings.method == "lora":
         torch.manual_seed(settings.seed)
@@ -263,9 +109,37 @@ def unfreeze(model: MGM, settings: TrainSettings) -> None:
         model.language_model.requires_grad_(True)
     for module in (model.projector, model.mining):
         module.requires_grad_(True)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
+    has_masters = settings.method == "full" and settings.numerics == "fast"
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and not (has_masters and name.startswith("language_model.")):
             parameter.data = parameter.data.float()
+
+
+def make_trainer(
+    model: MGM,
+    dataset: InstructionDataset,
+    features: PictureFeatures,
+    settings: TrainSettings,
+    order: Order | None = None,
+) -> Trainer:
+    """Put together the execution and the engine that the settings ask for."""
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    execution: Execution
+    dtype = torch.bfloat16 if settings.dtype == "bfloat16" else torch.float32
+    if settings.numerics == "fast":
+        compiled = settings.compile == "always" or (
+            settings.compile == "auto" and model.device.type == "cuda"
+        )
+        language = PackedLanguage(
+            model.language_model,
+            compiled=compiled,
+            recomputed_layers=max(0, settings.recomputed_layers),
+        )
+        budget = settings.tokens_per_pass or DEFAULT_TOKENS
+        execution = PackedExecution(model, dataset, features, dtype, budget, language)
+    else:
+        execution = PaddedExecution(model, dataset, features, dtype, settings.micro_batch_size)
+    return Trainer(execution, LocalEngine(trained, settings), settings, order)
 
 
 def train(settings: TrainSettings, progress: Progress) -> None:
@@ -291,9 +165,9 @@ def train(settings: TrainSettings, progress: Progress) -> None:
     features = PictureFeatures(model, dataset, settings.workers, settings.image_aspect_ratio)
     if settings.cache_features:
         features.cache(progress)
-    trainer = Trainer(model, dataset, features, settings)
+    trainer = make_trainer(model, dataset, features, settings)
     torch.manual_seed(settings.data_seed)
-    state = load_state(settings.output / "state", digest, trainer.trained, trainer.optimizer)
+    state = load_state(settings.output / "state", digest, trainer.engine)
     settings.output.mkdir(parents=True, exist_ok=True)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _stopper(trainer))
@@ -334,6 +208,7 @@ def _write_finished(
         "seconds": state.seconds,
         "records_without_labels": dataset.num_without_labels,
         "unlabelled_micro_batches": state.unlabelled_micro_batches,
+        "out_of_memory": state.out_of_memory,
         "seed": settings.seed,
         "data_seed": settings.data_seed,
         "settings": settings.what_decides_the_result(),
@@ -414,22 +289,6 @@ def _stopper(trainer: Trainer) -> Callable[[int, FrameType | None], None]:
         trainer.stop_signal = number
 
     return stop
-
-
-def _keep_lines(path: Path, count: int) -> None:
-    """Cut a metrics file back to where the state that is continued was."""
-    if path.exists():
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-        path.write_text("".join(lines[:count]), encoding="utf-8")
-
-
-def _not_a_number(what: str, value: float, step: int, record_ids: Sequence[str]) -> InputError:
-    records = f", records {', '.join(record_ids)}" if record_ids else ""
-    return InputError(
-        f"The {what} is not a number",
-        f"{what} = {value} at step {step + 1}{records}",
-        "lower the learning rate, or look at these records; the last saved state is kept",
-    )
 
 
 def _device(settings: TrainSettings) -> torch.device:

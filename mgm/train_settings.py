@@ -81,9 +81,28 @@ class TrainSettings:
     )
     drop_path: bool = _setting(True, "keep the frozen ConvNeXt's stochastic depth, as published")
     cache_features: bool = _setting(False, "encode every picture once and keep the result")
-    gradient_checkpointing: bool = _setting(True, "recompute activations to save memory")
+    gradient_checkpointing: bool = _setting(
+        True, "recompute activations to save memory, with numerics = reference"
+    )
     numerics: Literal["reference", "fast"] = _setting(
-        "reference", "reference: mining as published; fast: mining reassociated"
+        "reference",
+        "reference: the published order of operations; fast: the same objective, packed rows, "
+        "mining reassociated, and in bfloat16 weights with masters in the optimizer",
+    )
+    tokens_per_pass: int = _setting(
+        0, "positions that go through the model at once, pictures included; 0: by the memory"
+    )
+    recomputed_layers: int = _setting(
+        -1, "layers whose activations are recomputed in the backward pass; -1: by the memory"
+    )
+    compile: Literal["auto", "always", "never"] = _setting(
+        "auto", "compile element-wise work; auto: on a GPU"
+    )
+    master_weights: Literal["float32", "split24"] = _setting(
+        "float32", "what the optimizer keeps of bfloat16 weights: float32, or 24 bits in all"
+    )
+    moments: Literal["float32", "8bit"] = _setting(
+        "float32", "the optimizer's moments of bfloat16 weights"
     )
     save_steps: int = _setting(100, "optimizer steps between two states to resume from")
     logging_steps: int = _setting(1, "optimizer steps between two reports")
@@ -106,7 +125,14 @@ class TrainSettings:
         for name in (*counts, "lora_rank", "model_max_length"):
             if getattr(self, name) < 1:
                 raise _bad(name, getattr(self, name), "it must be 1 or more")
-        for name in ("max_steps", "threads", "weight_decay", "warmup_ratio", "lora_dropout"):
+        for name in (
+            "max_steps",
+            "tokens_per_pass",
+            "threads",
+            "weight_decay",
+            "warmup_ratio",
+            "lora_dropout",
+        ):
             if getattr(self, name) < 0:
                 raise _bad(name, getattr(self, name), "it must not be negative")
         for name in ("warmup_ratio", "lora_dropout", "adam_beta1", "adam_beta2"):
@@ -138,7 +164,8 @@ class TrainSettings:
 
     def what_decides_the_result(self) -> dict[str, Any]:
         """Return the settings that the weights depend on, as plain data."""
-        aside = ("output", "progress", "threads", "workers", "save_steps", "logging_steps")
+        aside = {"output", "progress", "threads", "workers", "save_steps", "logging_steps"}
+        aside |= {"tokens_per_pass", "recomputed_layers", "compile"}  # but for rounding
         values = {name: value for name, value in asdict(self).items() if name not in aside}
         return {name: str(v) if isinstance(v, Path) else v for name, v in values.items()}
 

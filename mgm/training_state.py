@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from mgm.engine import Engine
 from mgm.errors import InputError
 
 STATE_FILE = "state.pt"
@@ -31,20 +32,17 @@ class TrainingState:
     seconds: float = 0.0
     samples_seen: int = 0
     unlabelled_micro_batches: int = 0
+    out_of_memory: list[dict[str, Any]] = field(default_factory=list)
+    """Steps that did not fit, and how training went on."""
 
 
-def save_state(
-    folder: Path,
-    state: TrainingState,
-    trained: dict[str, nn.Parameter],
-    optimizer: torch.optim.Optimizer,
-) -> None:
+def save_state(folder: Path, state: TrainingState, engine: Engine) -> None:
     """Write the state so that a crash leaves the previous one or this one."""
     folder.mkdir(parents=True, exist_ok=True)
     content = {
         "state": dict(vars(state)),
-        "weights": {name: value.detach().cpu() for name, value in trained.items()},
-        "optimizer": optimizer.state_dict(),
+        "weights": {name: value.detach().cpu() for name, value in engine.trained.items()},
+        "optimizer": engine.state(),
         "random": torch.get_rng_state(),
         "random_cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
     }
@@ -56,12 +54,7 @@ def save_state(
     partial.replace(folder / STATE_FILE)
 
 
-def load_state(
-    folder: Path,
-    digest: str,
-    trained: dict[str, nn.Parameter],
-    optimizer: torch.optim.Optimizer,
-) -> TrainingState:
+def load_state(folder: Path, digest: str, engine: Engine) -> TrainingState:
     """Continue from a folder's state, or start anew when it has none.
 
     Raises:
@@ -72,17 +65,17 @@ def load_state(
         return TrainingState(digest)
     content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     state = TrainingState(**content["state"])
-    if state.digest != digest or content["weights"].keys() != trained.keys():
+    if state.digest != digest or content["weights"].keys() != engine.trained.keys():
         raise InputError(
             "Another training was here",
             f"{path} belongs to other settings or other data",
             "choose another output folder, or remove this one",
         )
     with torch.no_grad():
-        for name, parameter in trained.items():
+        for name, parameter in engine.trained.items():
             value: Tensor = content["weights"][name]
             parameter.copy_(value)
-    optimizer.load_state_dict(content["optimizer"])
+    engine.load_state(content["optimizer"])
     torch.set_rng_state(content["random"])
     if content["random_cuda"]:
         torch.cuda.set_rng_state_all(content["random_cuda"])

@@ -7,9 +7,9 @@ data. Its pictures and its tokenizer lie in it or in a folder beside it.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors.torch import load_file
@@ -25,7 +25,7 @@ from mgm.model import MGM
 from mgm.names import is_multimodal, published_name, published_parameters
 from mgm.parity.report import Check, compare_exactly, compare_named_tensors, compare_numbers
 from mgm.parity.text import load_tokenizer
-from mgm.train import Trainer, unfreeze
+from mgm.train import make_trainer, unfreeze
 from mgm.train_settings import TrainSettings
 from mgm.training_state import TrainingState
 
@@ -88,6 +88,7 @@ def check(folder: Path) -> Iterator[Check]:
     for run in RUNS:
         if run.name in meta:
             yield from _check_run(folder, meta, run)
+            yield from _check_run(folder, meta, run, "fast")
     if (folder / "lora_merged.safetensors").is_file():
         yield from _check_merge(folder, meta)
 
@@ -121,7 +122,9 @@ def _fill(parameters: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> No
             parameters[name].copy_(value)
 
 
-def _settings(folder: Path, meta: Mapping[str, Any], run: Run) -> TrainSettings:
+def _settings(
+    folder: Path, meta: Mapping[str, Any], run: Run, numerics: Literal["reference", "fast"]
+) -> TrainSettings:
     recorded = meta[run.name]
     return TrainSettings(
         stage="pretrain" if run.stage == "pretrain" else "finetune",
@@ -146,6 +149,7 @@ def _settings(folder: Path, meta: Mapping[str, Any], run: Run) -> TrainSettings:
         dtype="float32",
         drop_path=meta["drop_path"],
         gradient_checkpointing=False,
+        numerics=numerics,
         device="cpu",
         workers=1,
     )
@@ -160,9 +164,20 @@ def _picture_folder(folder: Path, data: str) -> Path:
     raise InputError("No pictures", f"{folder}: those of {data} are neither in it nor beside it")
 
 
-def _check_run(folder: Path, meta: Mapping[str, Any], run: Run) -> Iterator[Check]:
-    """Repeat a run with its own order of samples and compare every step and the end."""
-    recorded, settings = meta[run.name], _settings(folder, meta, run)
+def _check_run(
+    folder: Path,
+    meta: Mapping[str, Any],
+    run: Run,
+    numerics: Literal["reference", "fast"] = "reference",
+) -> Iterator[Check]:
+    """Repeat a run with its own order of samples and compare every step and the end.
+
+    With fast numerics the same samples go through packed, in float32, where only the order of
+    additions differs.
+    """
+    recorded, settings = meta[run.name], _settings(folder, meta, run, numerics)
+    if numerics == "fast":
+        run = replace(run, name=f"{run.name}, fast")
     model = _build(meta, folder, run.start)
     unfreeze(model, settings)
     if run.method == "lora":
@@ -180,7 +195,7 @@ def _check_run(folder: Path, meta: Mapping[str, Any], run: Run) -> Iterator[Chec
     )
     features = PictureFeatures(model, dataset, settings.workers, settings.image_aspect_ratio)
     order = list(recorded["sample_order"])
-    trainer = Trainer(model, dataset, features, settings, lambda epoch: order)
+    trainer = make_trainer(model, dataset, features, settings, lambda epoch: order)
     model.train()
     state = TrainingState("")
     steps = [trainer.step(state) for _ in recorded["log"]]

@@ -117,7 +117,7 @@ def test_a_corrupt_picture_names_record_and_file(
     data = dataset(images, tokenizer, record("c1", image="cut.png"), record("c2", image="text.png"))
     for position, (name, file) in enumerate([("c1", "cut.png"), ("c2", "text.png")]):
         with pytest.raises(InputError, match=name) as raised:
-            data.load_picture(position, 32, "pad", MEAN, STD)
+            data.load_pixels(position, 32, "pad", MEAN)
         assert file in raised.value.message
 
 
@@ -127,7 +127,7 @@ def test_a_decompression_bomb_is_refused(
     data = dataset(images, tokenizer, record("bomb", image="red.png"))
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 50)
     with pytest.raises(InputError, match="bomb"):
-        data.load_picture(0, 32, "pad", MEAN, STD)
+        data.load_pixels(0, 32, "pad", MEAN)
 
 
 def test_batches_pad_right_and_give_text_rows_a_blank_picture(

@@ -1,0 +1,221 @@
+"""The loop over optimizer steps: which samples, in what passes, and what is written about them.
+
+Knows executions (how samples go through the model) and engines (how gradients become a step) by
+their interfaces only. A step that runs out of memory is repeated in smaller passes.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import math
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+from mgm.engine import Engine
+from mgm.errors import InputError
+from mgm.execution import Execution, Pass
+from mgm.optimization import Schedule
+from mgm.progress import Progress
+from mgm.sampling import grouped_order, shuffled_order
+from mgm.train_settings import TrainSettings
+from mgm.training_state import TrainingState, save_state
+
+METRICS_FILE = "metrics.jsonl"
+
+Order = Callable[[int], list[int]]
+"""Epoch -> positions of its samples."""
+
+
+class Trainer:
+    """Training of one stage.
+
+    Args:
+        execution: Has the model, on its device, with only what is trained requiring gradients.
+        engine: Of what is trained.
+        settings: Of the stage.
+        order: Samples of each epoch; None follows the settings.
+    """
+
+    def __init__(
+        self,
+        execution: Execution,
+        engine: Engine,
+        settings: TrainSettings,
+        order: Order | None = None,
+    ) -> None:
+        self.model = execution.model
+        self.dataset = execution.dataset
+        self.execution = execution
+        self.engine = engine
+        self.settings = settings
+        self.order = order or self._order
+        total = settings.total_steps(len(self.dataset))
+        self.schedule = Schedule(total, settings.warmup_ratio)
+        self.stop_signal: int | None = None
+        self._epoch: tuple[int, list[int]] = (-1, [])
+
+    def run(self, state: TrainingState, progress: Progress) -> bool:
+        """Train until the last step or a signal; return whether the last step was reached."""
+        settings, total = self.settings, self.schedule.total_steps
+        self.model.train()
+        metrics = settings.output / METRICS_FILE
+        _keep_lines(metrics, state.step // settings.logging_steps)
+        started, samples_before = time.monotonic(), state.samples_seen
+        seconds_before = state.seconds
+        while state.step < total and self.stop_signal is None:
+            loss, norm, rate = self.step(state, progress)
+            state.seconds = seconds_before + time.monotonic() - started
+            if state.step % settings.logging_steps == 0 or state.step == total:
+                window = state.losses[-settings.logging_steps :]
+                speed = (state.samples_seen - samples_before) / (time.monotonic() - started)
+                values = {"loss": sum(window) / len(window), "lr": rate, "grad_norm": norm}
+                self._report(metrics, state.step, speed, values, progress)
+            if state.step % settings.save_steps == 0 and state.step < total:
+                self.save(state)
+        self.save(state)
+        return state.step == total
+
+    def _report(
+        self, metrics: Path, step: int, speed: float, values: dict[str, float], progress: Progress
+    ) -> None:
+        progress.update(
+            step=step,
+            total=self.schedule.total_steps,
+            unit="steps",
+            samples_per_second=speed,
+            loss=values["loss"],
+            lr=values["lr"],
+            grad_norm=values["grad_norm"],
+        )
+        with metrics.open("a", encoding="utf-8") as lines:
+            lines.write(json.dumps({"step": step, **values}) + "\n")
+        numbers = " ".join(f"{name} {value:.4g}" for name, value in values.items())
+        print(
+            f"step {step}/{self.schedule.total_steps} {numbers} {speed:.1f} samples/s", flush=True
+        )
+
+    def save(self, state: TrainingState) -> None:
+        """Write the state to resume from."""
+        save_state(self.settings.output / "state", state, self.engine)
+
+    def step(
+        self, state: TrainingState, progress: Progress | None = None
+    ) -> tuple[float, float, float]:
+        """Do one optimizer step and return its loss, gradient norm and the next step's rate.
+
+        Raises:
+            InputError: If the loss or the gradient is not a number, naming step and records; or
+                if one sample alone does not fit into memory.
+        """
+        self.engine.set_rate(self.schedule.factor(state.step))
+        micro_batches = self._micro_batches(state.step)
+        while (done := self._accumulate(micro_batches)) is None:
+            self._shrink(state, progress)
+        norm = float(self.engine.gradient_norm())
+        values: list[float] = torch.stack([loss for _, loss in done]).tolist()
+        self._check(values, norm, [one for one, _ in done], state.step)
+        self.engine.step()
+        state.step += 1
+        state.samples_seen += sum(len(one) for one in micro_batches)
+        state.unlabelled_micro_batches += self._unlabelled(micro_batches)
+        state.losses.append(sum(values))
+        rate = self.engine.set_rate(self.schedule.factor(state.step))
+        return sum(values), norm, rate
+
+    def _accumulate(
+        self, micro_batches: Sequence[Sequence[int]]
+    ) -> list[tuple[Pass, torch.Tensor]] | None:
+        """Add up the gradients of a step; return the passes and losses, None when out of memory."""
+        self.engine.zero()
+        passes = self.execution.passes(micro_batches, self.settings.accumulation_steps)
+        done = []
+        try:
+            for number, one in enumerate(passes):
+                self.execution.features.announce(
+                    picture for later in passes[number:] for picture in later.pictures
+                )
+                loss = self.execution.loss(one)
+                self.engine.backward(loss)
+                done.append((one, loss.detach().float()))
+        except torch.OutOfMemoryError:
+            return None
+        return done
+
+    def _shrink(self, state: TrainingState, progress: Progress | None) -> None:
+        """Make passes smaller after a step that did not fit, and keep a record of it."""
+        # Outside the handler, whose traceback would keep the pass's tensors alive.
+        self.engine.zero()
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        change = self.execution.halve()
+        state.out_of_memory.append({"step": state.step + 1, "then": change})
+        print(f"out of memory at step {state.step + 1}: going on with {change}", flush=True)
+        if progress is not None:
+            progress.update(
+                step=state.step,
+                total=self.schedule.total_steps,
+                unit="steps",
+                label=f"out of memory, going on with {change}",
+            )
+
+    def _check(
+        self, losses: Sequence[float], norm: float, passes: Sequence[Pass], step: int
+    ) -> None:
+        for loss, one in zip(losses, passes, strict=True):
+            if not math.isfinite(loss):
+                raise _not_a_number("loss", loss, step, self._record_ids([one]))
+        if not math.isfinite(norm):
+            raise _not_a_number("gradient", norm, step, self._record_ids(passes))
+
+    def _record_ids(self, passes: Sequence[Pass]) -> list[str]:
+        return [self.dataset.record_id(index) for one in passes for index in one.indices]
+
+    def _unlabelled(self, micro_batches: Sequence[Sequence[int]]) -> int:
+        """Return how many micro-batches had nothing to learn."""
+        return sum(
+            not any(self.dataset.encoded[index].num_labels for index in one)
+            for one in micro_batches
+        )
+
+    def _micro_batches(self, step: int) -> list[list[int]]:
+        """Return the micro-batches of an optimizer step; an epoch's left-over one is dropped."""
+        per_epoch = self.settings.steps_per_epoch(len(self.dataset))
+        epoch, position = divmod(step, per_epoch)
+        if self._epoch[0] != epoch:
+            self._epoch = (epoch, self.order(epoch))
+        size = self.settings.micro_batch_size
+        start = position * self.settings.global_batch_size
+        samples = self._epoch[1][start : start + self.settings.global_batch_size]
+        return [samples[i : i + size] for i in range(0, len(samples), size)]
+
+    def _order(self, epoch: int) -> list[int]:
+        seed = self.settings.data_seed + epoch
+        if not self.settings.group_by_modality_length:
+            return shuffled_order(len(self.dataset), seed)
+        return grouped_order(
+            self.dataset.modality_lengths(),
+            self.settings.micro_batch_size,
+            self.settings.accumulation_steps,
+            torch.Generator().manual_seed(seed),
+        )
+
+
+def _keep_lines(path: Path, count: int) -> None:
+    """Cut a metrics file back to where the state that is continued was."""
+    if path.exists():
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        path.write_text("".join(lines[:count]), encoding="utf-8")
+
+
+def _not_a_number(what: str, value: float, step: int, record_ids: Sequence[str]) -> InputError:
+    records = f", records {', '.join(record_ids)}" if record_ids else ""
+    return InputError(
+        f"The {what} is not a number",
+        f"{what} = {value} at step {step + 1}{records}",
+        "lower the learning rate, or look at these records; the last saved state is kept",
+    )
