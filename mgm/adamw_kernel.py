@@ -7,8 +7,6 @@ Triton, which comes with PyTorch's CUDA builds.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -22,6 +20,17 @@ ROWS = 4
 """Blocks that one program works on."""
 WARPS = 4
 """Of one program."""
+
+# A kernel reads no other globals than these.
+_BLOCK = tl.constexpr(BLOCK)
+_FIRST = tl.constexpr(float(FIRST_TOP))
+_SECOND = tl.constexpr(float(SECOND_TOP))
+_SECOND_CUBE = tl.constexpr(float(SECOND_TOP**3))
+_TINY = tl.constexpr(TINY)
+_HALF = tl.constexpr(HALF_BFLOAT16)
+_LOST = tl.constexpr(LOST_BITS)
+_MIX_FIRST = tl.constexpr(MIX_FIRST)
+_MIX_SECOND = tl.constexpr(MIX_SECOND)
 
 
 def step_kernel(
@@ -40,8 +49,10 @@ def step_kernel(
         numbers: Of this step.
         gradient_scale: A factor of the gradient, one float32 element.
     """
-    quantised = state.first_unit is not None
     grid = (triton.cdiv(num_blocks(weight.numel()), ROWS),)
+    bound = 0.0
+    if state.first_unit is not None:
+        bound = quotient_bound(numbers.beta1, numbers.beta2)
     _step[grid](
         weight.view(torch.int16) if state.low is not None else weight,
         gradient,
@@ -60,53 +71,42 @@ def step_kernel(
         1 - numbers.beta1,
         numbers.beta2,
         1 - numbers.beta2,
-        quotient_bound(numbers.beta1, numbers.beta2) if quantised else 0.0,
+        bound,
         *numbers.key,
-        HAS_GRADIENT=gradient is not None,
-        HAS_MASTER=state.master is not None,
-        IS_SPLIT=state.low is not None,
-        QUANTISED=quantised,
-        BLOCK_SIZE=BLOCK,
         NUM_ROWS=ROWS,
-        FIRST=FIRST_TOP,
-        SECOND=SECOND_TOP,
-        SMALL=TINY,
-        HALF=HALF_BFLOAT16,
-        LOST=LOST_BITS,
-        MIX_ONE=MIX_FIRST,
-        MIX_TWO=MIX_SECOND,
         num_warps=WARPS,
     )
 
 
 @triton.jit  # type: ignore[untyped-decorator,unused-ignore]
-def _mix(value: Any, MIX_ONE: tl.constexpr, MIX_TWO: tl.constexpr) -> Any:
-    value = (value ^ (value >> 16)) * MIX_ONE
-    value = (value ^ (value >> 15)) * MIX_TWO
+def _mix(value: tl.tensor) -> tl.tensor:
+    value = (value ^ (value >> 16)) * _MIX_FIRST
+    value = (value ^ (value >> 15)) * _MIX_SECOND
     return value ^ (value >> 16)
 
 
 @triton.jit  # type: ignore[untyped-decorator,unused-ignore]
-def _join(high: Any, low: Any) -> Any:
+def _join(high: tl.tensor, low: tl.tensor) -> tl.tensor:
     pattern = (high.to(tl.int32) << 16) + (low.to(tl.int32) << 8)
     return pattern.to(tl.float32, bitcast=True)
 
 
 @triton.jit  # type: ignore[untyped-decorator,unused-ignore]
-def _round_to_24_bits(whole: Any, bits: Any, LOST: tl.constexpr) -> Any:
-    pattern = whole.to(tl.int32, bitcast=True) + (bits & LOST).to(tl.int32)
-    return pattern - (pattern & LOST)
+def _split(whole: tl.tensor, bits: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
+    pattern = whole.to(tl.int32, bitcast=True) + (bits & _LOST).to(tl.int32)
+    pattern = pattern - (pattern & _LOST)
+    high = (pattern + _HALF) >> 16
+    return high.to(tl.int16), ((pattern - (high << 16)) >> 8).to(tl.int8)
 
 
 @triton.jit  # type: ignore[untyped-decorator,unused-ignore]
-def _encode_second(v: Any, bits: Any, SECOND: tl.constexpr, SMALL: tl.constexpr) -> Any:
-    TOP: tl.constexpr = SECOND * SECOND * SECOND
+def _encode_second(v: tl.tensor, bits: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
     root = tl.sqrt(v)
-    largest = tl.max(root, axis=1)
-    factor = tl.where(largest > SMALL, TOP / largest, 0.0)
+    largest = tl.max(root, axis=1)  # (rows,)
+    factor = tl.where(largest > _TINY, _SECOND_CUBE / largest, 0.0)
     scaled = root * factor[:, None]
-    code = tl.floor(tl.exp2(tl.log2(tl.maximum(scaled, 1e-30)) * (1.0 / 3.0)))
-    code = tl.minimum(code, SECOND - 1.0)
+    code = tl.floor(tl.exp2(tl.log2(tl.maximum(scaled, _TINY)) * (1.0 / 3.0)))
+    code = tl.minimum(code, _SECOND - 1.0)
     above = code + 1.0
     low = code * code * code
     high = above * above * above
@@ -114,109 +114,120 @@ def _encode_second(v: Any, bits: Any, SECOND: tl.constexpr, SMALL: tl.constexpr)
     dice = ((bits >> 16).to(tl.float32) + 0.5) / 65536.0
     code = tl.where(dice < share, above, code)
     code = tl.where(scaled > 0.0, tl.maximum(code, 1.0), 0.0)
-    return code, largest / TOP
+    return code, largest / _SECOND_CUBE
 
 
 @triton.jit  # type: ignore[untyped-decorator,unused-ignore]
 def _encode_first(
-    quotient: Any, bits: Any, bound: Any, FIRST: tl.constexpr, SMALL: tl.constexpr
-) -> Any:
-    largest = tl.minimum(tl.max(tl.abs(quotient), axis=1), bound)
-    factor = tl.where(largest > SMALL, FIRST / largest, 0.0)
+    quotient: tl.tensor, bits: tl.tensor, bound: tl.tensor
+) -> tuple[tl.tensor, tl.tensor]:
+    largest = tl.minimum(tl.max(tl.abs(quotient), axis=1), bound)  # (rows,)
+    factor = tl.where(largest > _TINY, _FIRST / largest, 0.0)
     dice = (((bits >> 8) & 0xFF).to(tl.float32) + 0.5) / 256.0
     code = tl.floor(quotient * factor[:, None] + dice)
-    return tl.minimum(tl.maximum(code, -1.0 * FIRST), 1.0 * FIRST), largest / FIRST
+    return tl.minimum(tl.maximum(code, -_FIRST), _FIRST), largest / _FIRST
 
 
 # The keys change with every step: specialising on them would compile again.
 @triton.jit(do_not_specialize=["key_one", "key_two"])  # type: ignore[untyped-decorator,unused-ignore]
 def _step(
-    weight: Any,
-    gradient: Any,
-    master: Any,
-    low: Any,
-    first: Any,
-    second: Any,
-    first_unit: Any,
-    second_unit: Any,
-    gradient_scale: Any,
-    num_elements: Any,
-    shrinking: Any,
-    step_size: Any,
-    root_correction: Any,
-    eps: Any,
-    rest1: Any,
-    beta2: Any,
-    rest2: Any,
-    bound: Any,
-    key_one: Any,
-    key_two: Any,
-    HAS_GRADIENT: tl.constexpr,
-    HAS_MASTER: tl.constexpr,
-    IS_SPLIT: tl.constexpr,
-    QUANTISED: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
+    weight: tl.tensor,
+    gradient: tl.tensor,
+    master: tl.tensor,
+    low: tl.tensor,
+    first: tl.tensor,
+    second: tl.tensor,
+    first_unit: tl.tensor,
+    second_unit: tl.tensor,
+    gradient_scale: tl.tensor,
+    num_elements: tl.tensor,
+    shrinking: tl.tensor,
+    step_size: tl.tensor,
+    root_correction: tl.tensor,
+    eps: tl.tensor,
+    rest1: tl.tensor,
+    beta2: tl.tensor,
+    rest2: tl.tensor,
+    bound: tl.tensor,
+    key_one: tl.tensor,
+    key_two: tl.tensor,
     NUM_ROWS: tl.constexpr,
-    FIRST: tl.constexpr,
-    SECOND: tl.constexpr,
-    SMALL: tl.constexpr,
-    HALF: tl.constexpr,
-    LOST: tl.constexpr,
-    MIX_ONE: tl.constexpr,
-    MIX_TWO: tl.constexpr,
 ) -> None:
     rows = tl.program_id(0).to(tl.int64) * NUM_ROWS + tl.arange(0, NUM_ROWS)  # (rows,)
-    at = rows[:, None] * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)[None, :]  # (rows, BLOCK_SIZE)
+    at = rows[:, None] * _BLOCK + tl.arange(0, _BLOCK)[None, :]  # (rows, BLOCK)
     inside = at < num_elements
-    row_inside = rows * BLOCK_SIZE < num_elements
-    if IS_SPLIT or QUANTISED:
-        bits = _mix(at.to(tl.uint32) ^ key_one.to(tl.uint32), MIX_ONE, MIX_TWO)
-        bits = _mix(bits ^ key_two.to(tl.uint32), MIX_ONE, MIX_TWO)
-
-    m = tl.load(first + at, mask=inside, other=0).to(tl.float32)
-    v = tl.load(second + at, mask=inside, other=0).to(tl.float32)
-    if QUANTISED:
-        root = v * v * v * tl.load(second_unit + rows, mask=row_inside, other=0.0)[:, None]
-        m = m * tl.load(first_unit + rows, mask=row_inside, other=0.0)[:, None] * root
-        v = root * root
-    if HAS_GRADIENT:
+    bits = _mix(_mix(at.to(tl.uint32) ^ key_one.to(tl.uint32)) ^ key_two.to(tl.uint32))
+    m, v = _load_moments(first, second, first_unit, second_unit, rows, at, num_elements)
+    slope = tl.zeros_like(v)
+    if gradient is not None:
         slope = tl.load(gradient + at, mask=inside, other=0).to(tl.float32)
         slope = slope * tl.load(gradient_scale)
-        m = m + rest1 * (slope - m)
-        v = v * beta2 + rest2 * slope * slope
-    else:
-        m = m - rest1 * m
-        v = v * beta2
-
-    if IS_SPLIT:
-        high = tl.load(weight + at, mask=inside, other=0)
-        value = _join(high, tl.load(low + at, mask=inside, other=0))
-    elif HAS_MASTER:
-        value = tl.load(master + at, mask=inside, other=0)
-    else:
-        value = tl.load(weight + at, mask=inside, other=0)
+    m = m + rest1 * (slope - m)
+    v = v * beta2 + rest2 * slope * slope
+    value = tl.load((weight if master is None else master) + at, mask=inside, other=0)
+    if low is not None:
+        value = _join(value, tl.load(low + at, mask=inside, other=0))
     denominator = tl.div_rn(tl.sqrt_rn(v), root_correction + tl.zeros_like(v)) + eps
     value = value * shrinking + tl.div_rn(-step_size * m, denominator)
-    if IS_SPLIT:
-        pattern = _round_to_24_bits(value, bits, LOST)
-        high_part = (pattern + HALF) >> 16
-        low_part = (pattern - (high_part << 16)) >> 8
-        tl.store(weight + at, high_part.to(tl.int16), mask=inside)
-        tl.store(low + at, low_part.to(tl.int8), mask=inside)
+    if low is not None:
+        high_part, low_part = _split(value, bits)
+        tl.store(weight + at, high_part, mask=inside)
+        tl.store(low + at, low_part, mask=inside)
     else:
         tl.store(weight + at, value.to(weight.dtype.element_ty), mask=inside)
-        if HAS_MASTER:
-            tl.store(master + at, value, mask=inside)
+    if master is not None:
+        tl.store(master + at, value, mask=inside)
+    _store_moments(
+        first, second, first_unit, second_unit, rows, at, num_elements, m, v, bits, bound
+    )
 
-    if QUANTISED:
-        second_code, second_scale = _encode_second(v, bits, SECOND, SMALL)
-        root = second_code * second_code * second_code * second_scale[:, None]
-        quotient = tl.where(root > 0.0, m / root, 0.0)
-        first_code, first_scale = _encode_first(quotient, bits, bound, FIRST, SMALL)
-        tl.store(second + at, second_code.to(tl.uint8), mask=inside)
-        tl.store(first + at, first_code.to(tl.int8), mask=inside)
-        tl.store(second_unit + rows, second_scale, mask=row_inside)
-        tl.store(first_unit + rows, first_scale, mask=row_inside)
-    else:
+
+@triton.jit  # type: ignore[untyped-decorator,unused-ignore]
+def _load_moments(
+    first: tl.tensor,
+    second: tl.tensor,
+    first_unit: tl.tensor,
+    second_unit: tl.tensor,
+    rows: tl.tensor,
+    at: tl.tensor,
+    num_elements: tl.tensor,
+) -> tuple[tl.tensor, tl.tensor]:
+    inside = at < num_elements
+    m = tl.load(first + at, mask=inside, other=0).to(tl.float32)
+    v = tl.load(second + at, mask=inside, other=0).to(tl.float32)
+    if first_unit is not None:
+        filled = rows * _BLOCK < num_elements
+        root = v * v * v * tl.load(second_unit + rows, mask=filled, other=0.0)[:, None]
+        m = m * tl.load(first_unit + rows, mask=filled, other=0.0)[:, None] * root
+        v = root * root
+    return m, v
+
+
+@triton.jit  # type: ignore[untyped-decorator,unused-ignore]
+def _store_moments(
+    first: tl.tensor,
+    second: tl.tensor,
+    first_unit: tl.tensor,
+    second_unit: tl.tensor,
+    rows: tl.tensor,
+    at: tl.tensor,
+    num_elements: tl.tensor,
+    m: tl.tensor,
+    v: tl.tensor,
+    bits: tl.tensor,
+    bound: tl.tensor,
+) -> None:
+    inside = at < num_elements
+    if first_unit is None:
         tl.store(first + at, m, mask=inside)
         tl.store(second + at, v, mask=inside)
+    else:
+        filled = rows * _BLOCK < num_elements
+        second_code, second_scale = _encode_second(v, bits)
+        root = second_code * second_code * second_code * second_scale[:, None]
+        quotient = tl.where(root > 0.0, m / root, 0.0)
+        first_code, first_scale = _encode_first(quotient, bits, bound)
+        tl.store(second + at, second_code.to(tl.uint8), mask=inside)
+        tl.store(first + at, first_code.to(tl.int8), mask=inside)
+        tl.store(second_unit + rows, second_scale, mask=filled)
+        tl.store(first_unit + rows, first_scale, mask=filled)

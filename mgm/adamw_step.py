@@ -16,9 +16,8 @@ from torch import Tensor
 from mgm import quantised_moments, split_weights
 from mgm.split_weights import Key
 
-SLICE = 1 << 20
-"""Elements worked on together: 4 MiB for each float32 temporary, at most twelve at a time. A multiple of
-the block."""
+SLICE = 1 << 19
+"""Elements worked on together, a multiple of the block: 36 MiB of temporaries at most."""
 
 
 @dataclass(frozen=True)

@@ -106,13 +106,16 @@ class PictureFeatures:
             if position not in self._announced:
                 self._announced[position] = self._pool.submit(self._load, position)
         pixels = {position: self._announced.pop(position).result() for position in wanted}
-        device = self._model.device
-        images = torch.zeros(len(pictures), 3, config.image_size_aux, config.image_size_aux)
-        images = images.to(device)  # blank pictures are zero after normalisation
-        places = [place for place, position in enumerate(pictures) if position is not None]
-        if places:
-            stacked = torch.stack([pixels[p] for p in pictures if p is not None]).to(device)
-            images[places] = normalised(stacked, config.image_mean, config.image_std)
+        device, size = self._model.device, config.image_size_aux
+        loaded = [pixels[position] for position in pictures if position is not None]
+        if not loaded:
+            return self._towers(None, torch.zeros(len(pictures), 3, size, size, device=device))
+        stacked = torch.stack(loaded).to(device)
+        images = normalised(stacked, config.image_mean, config.image_std)  # (I, 3, S, S)
+        if len(loaded) < len(pictures):
+            every = images.new_zeros(len(pictures), 3, size, size)  # the blank picture is zero
+            every[[place for place, p in enumerate(pictures) if p is not None]] = images
+            images = every
         return self._towers(None, images)
 
     def _load(self, position: int) -> Tensor:

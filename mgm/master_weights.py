@@ -12,8 +12,8 @@ weight, beside the gradient:
 | split24 | 8bit | 2 | 1 | 2.03 | 5.03 |
 
 Float32 masters and moments follow `torch.optim.AdamW` bit by bit on a CPU. See `split_weights` and
-`quantised_moments` for what the others keep. Clipping belongs to the caller: `clip_factor` makes
-the factor that `step` applies while it reads the gradients.
+`quantised_moments` for what the others keep. Clipping belongs to the caller, as a factor that `step`
+applies while it reads the gradients: no pass over them writes them.
 """
 
 from __future__ import annotations
@@ -31,6 +31,9 @@ from mgm.split_weights import random_key
 
 Masters = Literal["float32", "split24"]
 Moments = Literal["float32", "8bit"]
+
+HAS_TRITON = find_spec("triton") is not None
+"""PyTorch's CPU builds come without it."""
 
 
 class MasterAdamW(torch.optim.Optimizer):
@@ -82,7 +85,7 @@ class MasterAdamW(torch.optim.Optimizer):
         """Update every parameter.
 
         Args:
-            gradient_scale: Every gradient is taken times this, for example `clip_factor`'s.
+            gradient_scale: Every gradient is taken times this, for example to clip.
         """
         self.step_count += 1
         scales: dict[torch.device, Tensor] = {}
@@ -154,26 +157,6 @@ class MasterAdamW(torch.optim.Optimizer):
         )
 
 
-def clip_factor(parameters: Iterable[nn.Parameter], max_norm: float) -> tuple[Tensor, Tensor]:
-    """Return the norm of all gradients together, and what brings it down to `max_norm`.
-
-    The norms are summed in float32 whatever the gradients' type. Nothing is written and nothing
-    is waited for.
-
-    Source: torch.nn.utils.clip_grad_norm_, whose factor this is.
-
-    Returns:
-        Norm and factor, float32 scalars on the first gradient's device.
-    """
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    if not gradients:
-        return torch.zeros(()), torch.ones(())
-    device = gradients[0].device
-    norms = [torch.linalg.vector_norm(g, dtype=torch.float32).to(device) for g in gradients]
-    norm = torch.linalg.vector_norm(torch.stack(norms))
-    return norm, (max_norm / (norm + 1e-6)).clamp(max=1.0)
-
-
 def _step_parameter(
     parameter: nn.Parameter, part: ParameterState, numbers: StepNumbers, scale: Tensor
 ) -> None:
@@ -181,8 +164,7 @@ def _step_parameter(
         return
     weight = parameter.view(-1)
     gradient = None if parameter.grad is None else parameter.grad.reshape(-1)
-    if parameter.is_cuda and find_spec("triton") is not None:
-        # Triton is absent from PyTorch's CPU builds.
+    if parameter.is_cuda and HAS_TRITON:
         from mgm.adamw_kernel import step_kernel
 
         with torch.cuda.device(parameter.device):

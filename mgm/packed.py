@@ -202,13 +202,13 @@ def _before_attention(
     training: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return query (T, H, D), key and value (T, K, D), rotated."""
-    norm, query, key, value = weights
+    norm, *parts = weights
     normed = _rms_norm(hidden, norm, choices.eps)
-    heads = [
-        _linear(normed, part, choices, training).view(len(hidden), -1, choices.head_width)
-        for part in (query, key, value)
-    ]
-    return _rotated(heads[0], cos, sin), _rotated(heads[1], cos, sin), heads[2]
+    query, key, value = (
+        part.view(len(hidden), -1, choices.head_width)
+        for part in _linears(normed, parts, choices, training)
+    )
+    return _rotated(query, cos, sin), _rotated(key, cos, sin), value
 
 
 def _after_attention(
@@ -220,20 +220,36 @@ def _after_attention(
 ) -> Tensor:
     """Return the layer's output (T, E) from its input and the heads' output (T, H * D)."""
     output, norm, gate, up, down = weights
-    hidden = hidden + _linear(mixed, output, choices, training)
+    (attended,) = _linears(mixed, [output], choices, training)
+    hidden = hidden + attended
     normed = _rms_norm(hidden, norm, choices.eps)
-    gated = F.gelu(_linear(normed, gate, choices, training), approximate=choices.gelu)
-    product = gated * _linear(normed, up, choices, training)  # (T, MLP width)
-    return hidden + _linear(product, down, choices, training)
+    gated, raised = _linears(normed, [gate, up], choices, training)
+    product = F.gelu(gated, approximate=choices.gelu) * raised  # (T, MLP width)
+    (lowered,) = _linears(product, [down], choices, training)
+    return hidden + lowered
 
 
-def _linear(inputs: Tensor, part: _Linear, choices: _Choices, training: bool) -> Tensor:
-    result = F.linear(inputs, part.weight.to(inputs.dtype))
-    if part.down is None or part.up is None:
-        return result
+def _linears(
+    inputs: Tensor, parts: Sequence[_Linear], choices: _Choices, training: bool
+) -> list[Tensor]:
+    """Return the outputs of layers that share their input.
+
+    Their adapters share one dropout mask and one product with all their A: PEFT draws a mask for
+    each layer, which has the same distribution for each.
+    """
+    results = [F.linear(inputs, part.weight.to(inputs.dtype)) for part in parts]
+    downs = [part.down for part in parts if part.down is not None]
+    if not downs:
+        return results
     dropped = F.dropout(inputs, choices.lora_dropout, training)
-    low = F.linear(dropped, part.down.to(inputs.dtype))  # (T, rank)
-    return result + F.linear(low, part.up.to(inputs.dtype)) * choices.lora_scale
+    low = F.linear(dropped, torch.cat(downs).to(inputs.dtype)) * choices.lora_scale
+    lows = low.split([len(down) for down in downs], -1)  # each (T, rank)
+    ups = (part.up for part in parts if part.up is not None)
+    # Added in float32, which keeps the compiler from copying the wide result for a product in place.
+    return [
+        (result.float() + F.linear(one, up.to(inputs.dtype)).float()).to(inputs.dtype)
+        for result, one, up in zip(results, lows, ups, strict=True)
+    ]
 
 
 def _rms_norm(hidden: Tensor, weight: Tensor, eps: float) -> Tensor:
