@@ -1,25 +1,18 @@
 """What does a small recipe cost besides its operators, and what do known scores save?
 
-    python benchmarks/data_overhead.py demo
-
-Prints a Markdown table of wall times, each the median of several runs of whole processes. First a
+Two parts of `benchmarks/data.py`, which runs them. Wall times of whole processes, by turns. First a
 recipe without a model on a few samples: `dj-process`, and the process stage without a warm worker,
-with one that just started and with one that is loaded, all on the same recipe file and by turns.
-Then a changed threshold of the similarity filter on all samples of the workspace, from scratch and
-with the scores that the statistics table holds. Kept ids are compared throughout. `demo` is a demo
-workspace; the benchmark works on a copy.
+with one that just started and with one that is loaded, all on the same recipe file. Then a changed
+threshold of the similarity filter on all samples of the workspace, from scratch and with the scores
+that the statistics table holds. Kept ids are compared throughout.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
-import os
-import shutil
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -38,31 +31,12 @@ Row = tuple[str, str, list[float], int]
 Environment = Mapping[str, str]
 
 
-def main() -> int:
-    """Measure and print the table."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("workspace", type=Path, help="a demo workspace")
-    parser.add_argument("--samples", type=int, default=200, help="of the small recipe")
-    parser.add_argument("--repetitions", type=int, default=5)
-    parser.add_argument("--skip", choices=("overhead", "scores"), help="a part to leave out")
-    options = parser.parse_args()
-    sys.path.insert(0, str(ROOT))
-    with tempfile.TemporaryDirectory() as folder:
-        demo = Path(folder) / "demo"
-        shutil.copytree(options.workspace, demo, symlinks=True)
-        rows: list[Row] = []
-        if options.skip != "overhead":
-            rows += overhead(demo, options.samples, options.repetitions)
-        if options.skip != "scores":
-            rows += known_scores(demo, options.repetitions)
-    print(f"{os.cpu_count()} CPUs, load {os.getloadavg()[0]:.1f}\n")
+def print_rows(rows: list[Row]) -> None:
+    """Print what was measured, as Markdown."""
     print("| recipe | run by | median s | all s | samples left |\n| --- | --- | --- | --- | --- |")
     for recipe, how, seconds, left in rows:
         each = ", ".join(f"{value:.2f}" for value in seconds)
         print(f"| {recipe} | {how} | {statistics.median(seconds):.2f} | {each} | {left} |")
-    return 0
 
 
 def overhead(demo: Path, num_samples: int, repetitions: int) -> list[Row]:
@@ -237,7 +211,3 @@ def check(demo: Path, expected: list[str]) -> None:
     kept = kept_ids(demo / "artifacts/ours/processed.jsonl")
     if kept != expected:
         raise RuntimeError(f"kept {len(kept)} samples, expected {len(expected)}")
-
-
-if __name__ == "__main__":
-    sys.exit(main())

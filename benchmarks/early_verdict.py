@@ -37,7 +37,7 @@ from synth_agent.early import (  # noqa: E402
 from synth_agent.noise import replicate_key  # noqa: E402
 from synth_agent.workspace import open_workspace  # noqa: E402
 
-SHARES = (0.1, 0.25, 0.5, 1.0)
+SHARES = (0.25, 0.5, 0.75, 1.0)
 STARTS = (Starts(2), Starts(3), Starts(4), Starts(6), Starts(6, keep=2))
 Groups = Mapping[str, Sequence[Finished]]
 
@@ -56,6 +56,7 @@ def main() -> int:
         for benchmark in ("TextVQA", "MMBench"):
             parts += table(benchmark, 1.0, recorded(options.seeds, benchmark))
     else:
+        parts += ["", "Finished runs of one workspace, losses from their event logs."]
         for benchmark in ("textvqa", "mmbench"):
             for share in SHARES:
                 parts += table(benchmark, share, curves(options.workspace, benchmark, share))

@@ -26,9 +26,7 @@ def seconds(work: Callable[[], object], repeats: int = 20) -> float:
 
 def main() -> int:
     """Measure and print."""
-    left, right = (
-        torch.randn(SIDE, SIDE, device="cuda", dtype=torch.bfloat16) for _ in range(2)
-    )
+    left, right = (torch.randn(SIDE, SIDE, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     source = torch.zeros(COPIED_BYTES, dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
     product = seconds(lambda: left @ right)
@@ -36,6 +34,7 @@ def main() -> int:
     print(
         json.dumps(
             {
+                "name": "ceilings",
                 "device": torch.cuda.get_device_name(0),
                 "torch": torch.__version__,
                 "bf16_tflops": 2 * SIDE**3 / product / 1e12,

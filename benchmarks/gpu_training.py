@@ -1,15 +1,18 @@
-"""One training case of `benchmarks/gpu.py` at the true sizes: random weights, made-up records.
+"""Training cases of `benchmarks/gpu.py` at the true sizes: random weights, made-up records.
 
 Runs the product's own trainer, execution, engine and optimizer; only the records and the pictures
 are made up, and pictures come decoded, so that what is timed is the training and not the disk.
-Prints one JSON object.
+Cases of one method share a process and a model. Prints a JSON object a case, as it is done.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
+import os
 import random
+import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -21,9 +24,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 from mgm import execution as execution_module
 from mgm.config import ModelConfig
 from mgm.data import InstructionDataset
+from mgm.errors import InputError
 from mgm.execution import PackedExecution
 from mgm.features import PictureFeatures
 from mgm.model import IGNORE_INDEX, IMAGE_TOKEN_ID, MGM
@@ -35,6 +41,8 @@ from mgm.training_state import TrainingState
 
 GIB = 2**30
 PICTURES = 64
+SAMPLES = 64
+"""Of an optimizer step."""
 Stage = Literal["pretrain", "lora", "full"]
 
 
@@ -46,16 +54,18 @@ class Case:
     stage: Stage
     tokens: int
     """Positions of a pass at most."""
-    samples: int
-    """Of an optimizer step that is timed."""
     recomputed_layers: int = 0
     master_weights: Literal["float32", "split24"] = "float32"
     moments: Literal["float32", "8bit"] = "float32"
     gib: float | None = None
     """The allocator is capped at this."""
-    longest: int | None = None
-    """Every text is filled up to this length; None draws the lengths of the reference runs."""
-    steps: int = 4
+    steps: int = 1
+    """Optimizer steps that are timed, after one to warm up."""
+
+    @property
+    def method(self) -> tuple[str, str, str]:
+        """What cases must share to share a model."""
+        return self.stage, self.master_weights, self.moments
 
 
 class Records(InstructionDataset):
@@ -85,8 +95,6 @@ def text_lengths(case: Case, count: int) -> list[int]:
     Source: the distributions of the reference measurements, so that rates compare.
     """
     generator = random.Random(1)
-    if case.longest is not None:
-        return [case.longest - 576] * count
     if case.stage == "pretrain":
         return [generator.randint(20, 40) for _ in range(count)]
     drawn = (generator.lognormvariate(5.25, 0.75) for _ in range(count))
@@ -106,11 +114,9 @@ def records(case: Case, config: ModelConfig, count: int) -> Records:
     return Records(encoded, config.image_size_aux)
 
 
-def build(case: Case) -> tuple[Trainer, TrainSettings]:
+def build(case: Case) -> Trainer:
     """Return a trainer of the case over a model of random weights."""
-    config = ModelConfig.preset("mgm-2b").replace(
-        drop_path=False, tokenizer_model_max_length=2048
-    )
+    config = ModelConfig.preset("mgm-2b").replace(drop_path=False, tokenizer_model_max_length=2048)
     nowhere = Path("made-up")
     settings = TrainSettings(
         stage="pretrain" if case.stage == "pretrain" else "finetune",
@@ -126,7 +132,7 @@ def build(case: Case) -> tuple[Trainer, TrainSettings]:
         drop_path=False,
         learning_rate=1e-5,
         micro_batch_size=8,
-        global_batch_size=case.samples,
+        global_batch_size=SAMPLES,
         max_steps=1000,
         tokens_per_pass=case.tokens,
         recomputed_layers=case.recomputed_layers,
@@ -134,11 +140,11 @@ def build(case: Case) -> tuple[Trainer, TrainSettings]:
         moments=case.moments,
     )
     model = random_model(config, settings)
-    dataset = records(case, config, case.samples * 4)
+    dataset = records(case, config, SAMPLES * 4)
     features = PictureFeatures(model, dataset, 8, "square", fast_towers(model, settings))
     order = list(range(len(dataset)))
     model.train()
-    return make_trainer(model, dataset, features, settings, lambda epoch: order), settings
+    return make_trainer(model, dataset, features, settings, lambda epoch: order)
 
 
 def random_model(config: ModelConfig, settings: TrainSettings) -> MGM:
@@ -206,64 +212,71 @@ def watch(trainer: Trainer, sections: Sections) -> None:
     engine.step = sections.around("optimizer", engine.step)  # type: ignore[method-assign]
 
 
-def measure(case: Case) -> dict[str, Any]:
+def measure(case: Case, trainer: Trainer, state: TrainingState) -> dict[str, Any]:
     """Train some steps and return rates, memory and where the time goes."""
-    if case.gib is not None:
-        total = torch.cuda.get_device_properties(0).total_memory
-        torch.cuda.set_per_process_memory_fraction(case.gib * GIB / total)
-    started = time.monotonic()
-    trainer, _ = build(case)
-    torch.cuda.synchronize()
-    built = time.monotonic()
-    weights = torch.cuda.memory_allocated() / GIB
-    state = TrainingState("")
-    trainer.step(state)
-    torch.cuda.synchronize()
-    warm = time.monotonic()
-    trainer.step(state)
+    execution = trainer.execution
+    assert isinstance(execution, PackedExecution)
+    execution.budget, execution._language.recomputed_layers = case.tokens, case.recomputed_layers
+    trainer.engine.zero()
+    gc.collect()
+    torch.cuda.empty_cache()
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction(1.0 if case.gib is None else case.gib * GIB / total)
+    state.out_of_memory.clear()
+    warm = timed_step(trainer, state)
     torch.cuda.reset_peak_memory_stats()
-    seconds = []
-    for _ in range(case.steps):
-        begun = time.monotonic()
-        trainer.step(state)
-        torch.cuda.synchronize()
-        seconds.append(time.monotonic() - begun)
+    seconds = sorted(timed_step(trainer, state) for _ in range(case.steps))
     allocated, reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
-    sections = Sections()
-    watch(trainer, sections)
-    begun = time.monotonic()
-    trainer.step(state)
-    torch.cuda.synchronize()
-    watched = 1000 * (time.monotonic() - begun)
-    passes = trainer.execution.passes(trainer._micro_batches(0), 1)
+    passes = execution.passes(trainer._micro_batches(0), 1)
     positions = sum(sample.length for one in passes for sample in one.samples)
-    seconds.sort()
     median = seconds[len(seconds) // 2]
     return {
         **asdict(case),
-        "samples_per_second": case.samples / median,
-        "fastest": case.samples / seconds[0],
-        "ms_per_step": 1000 * median,
+        "samples": SAMPLES,
+        "samples_per_second": SAMPLES / median,
+        "seconds": seconds,
+        "first_step_seconds": warm,
         "passes_per_step": len(passes),
         "positions_per_second": positions / median,
         "allocated_gib": allocated / GIB,
         "reserved_gib": reserved / GIB,
-        "weights_gib": weights,
-        "build_seconds": built - started,
-        "first_step_seconds": warm - built,
-        "out_of_memory": state.out_of_memory,
+        "out_of_memory": list(state.out_of_memory),
         "losses": state.losses,
-        "sections_ms": sections.totals(),
-        "watched_step_ms": watched,
     }
 
 
+def timed_step(trainer: Trainer, state: TrainingState) -> float:
+    """Do one optimizer step and return its seconds."""
+    started = time.monotonic()
+    trainer.step(state)
+    torch.cuda.synchronize()
+    return time.monotonic() - started
+
+
+def sections(trainer: Trainer, state: TrainingState) -> dict[str, float]:
+    """Return the GPU's milliseconds in the parts of a step; trainer cannot be timed after it."""
+    watched = Sections()
+    watch(trainer, watched)
+    seconds = timed_step(trainer, state)
+    return {**watched.totals(), "whole step": 1000 * seconds}
+
+
 def main() -> int:
-    """Measure the case given as JSON."""
+    """Measure the cases given as JSON, which share their method."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("case", help="a JSON object of the fields of Case")
+    parser.add_argument("cases", help="a JSON list of objects of the fields of Case")
     options = parser.parse_args()
-    print(json.dumps(measure(Case(**json.loads(options.case)))))
+    # As the programs do, see mgm.program.
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    cases = [Case(**fields) for fields in json.loads(options.cases)]
+    trainer, state = build(cases[0]), TrainingState("")
+    for case in cases:
+        try:
+            print(json.dumps(measure(case, trainer, state)), flush=True)
+        except InputError as error:
+            print(json.dumps({**asdict(case), "error": str(error)}), flush=True)
+    measure(cases[0], trainer, state)
+    print(json.dumps({"name": cases[0].name, "sections_ms": sections(trainer, state)}), flush=True)
     return 0
 
 

@@ -244,12 +244,20 @@ class ModelConfig:
 
         Args:
             config_json: The parsed file.
-            towers: The parsed `towers.json` beside it (sizes of both towers). Published
-                checkpoints have none: theirs are the towers of MGM-2B, which is checked by width.
+            towers: The parsed `towers.json` beside it: the sizes of both towers, and where their
+                folders are if it says so. Published checkpoints have none: theirs are the towers
+                of MGM-2B, which is checked by width.
 
         Raises:
             InputError: If a key is missing or the tower sizes cannot be known.
         """
+        if config_json.get("model_type") != "mgm_gemma":
+            raise InputError(
+                "Not an MGM configuration",
+                f"config.json: model_type = {config_json.get('model_type')!r}, not 'mgm_gemma'",
+                "give a bare language model's folder as --language-model",
+            )
+        _require(config_json, ("mm_projector_type", "mm_vision_select_layer"), "config.json")
         sizes = _read_towers(config_json, towers)
         known = {key: name for name, key in _MGM_KEYS.items() if key in config_json}
         values = {name: config_json[key] for key, name in known.items()}
@@ -260,8 +268,16 @@ class ModelConfig:
         name = sizes.pop("name", None) or ("mgm-2b" if language["hidden_size"] == 2048 else "mgm")
         return cls(name=name, language=language, extra=extra, **{**values, **sizes})
 
-    def to_mgm_config(self) -> dict[str, Any]:
-        """Return a config.json with the key names of the published format."""
+    def to_mgm_config(
+        self, *, torch_dtype: str | None = None, is_pretraining: bool = False
+    ) -> dict[str, Any]:
+        """Return a config.json with the keys and values of the published format.
+
+        Args:
+            torch_dtype: Of the weights beside it, `bfloat16` for instance; None leaves it out.
+            is_pretraining: Whether it lies beside a projector file. The published trainer then
+                still names the language model's class.
+        """
         written = {key: getattr(self, name) for name, key in _MGM_KEYS.items()}
         defaults = {
             "use_mm_proj": True,
@@ -271,16 +287,19 @@ class ModelConfig:
             "mm_use_im_start_end": False,
             "mm_use_im_patch_token": False,
             "mm_projector_lr": None,
-            "tune_mm_mlp_adapter": False,
             "freeze_mm_mlp_adapter": False,
-            "tie_word_embeddings": True,
+            "use_cache": True,
+            **_GEMMA_DEFAULTS,
         }
         derived = {
-            "architectures": ["MGMGemmaForCausalLM"],
+            "architectures": ["GemmaForCausalLM" if is_pretraining else "MGMGemmaForCausalLM"],
             "model_type": "mgm_gemma",
             "mm_hidden_size": self.vision_width,
             "mm_hidden_size_aux": self.high_resolution_width,
+            "tune_mm_mlp_adapter": is_pretraining,
         }
+        if torch_dtype is not None:
+            derived["torch_dtype"] = torch_dtype
         return {**defaults, **self.extra, **self.language, **written, **derived}
 
     def to_towers(self) -> dict[str, Any]:
@@ -296,6 +315,29 @@ class ModelConfig:
             },
             "image_mean": list(self.image_mean),
             "image_std": list(self.image_std),
+        }
+
+    @classmethod
+    def has_published_widths(cls, config_json: Mapping[str, Any]) -> bool:
+        """Tell whether a config.json belongs to towers as wide as those of MGM-2B."""
+        published = cls.preset("mgm-2b")
+        widths = [config_json.get(key) for key in _WIDTH_KEYS]
+        return widths == [published.vision_width, published.high_resolution_width]
+
+    @classmethod
+    def tower_sizes(cls, vision_dir: Path, high_dir: Path) -> dict[str, Any]:
+        """Return the content of a `towers.json` for the towers in two folders.
+
+        Raises:
+            InputError: If a file is missing or unusable, or the two towers normalise differently.
+        """
+        image_mean, image_std = _read_normalisation(vision_dir)
+        convnext = _read_convnext(high_dir, image_mean, image_std)
+        return {
+            "clip_vision": _read_vision(vision_dir),
+            "convnext_aux": {"dims": convnext.pop("hidden_sizes"), **convnext},
+            "image_mean": list(image_mean),
+            "image_std": list(image_std),
         }
 
     @classmethod
@@ -348,7 +390,30 @@ _MGM_KEYS = {
     "vision_tower_path": "mm_vision_tower",
     "high_resolution_tower_path": "mm_vision_tower_aux",
 }
-_DERIVED_KEYS = ("architectures", "model_type", "mm_hidden_size", "mm_hidden_size_aux")
+_WIDTH_KEYS = ("mm_hidden_size", "mm_hidden_size_aux")
+_DERIVED_KEYS = (
+    "architectures",
+    "model_type",
+    *_WIDTH_KEYS,
+    "tune_mm_mlp_adapter",
+    "torch_dtype",
+)
+# Values that Gemma's configuration writes although they are its defaults.
+_GEMMA_DEFAULTS: dict[str, Any] = {
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "initializer_range": 0.02,
+}
+# Sizes without which the library would silently assume those of a larger Gemma.
+_GEMMA_SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+)
 
 _MINI: dict[str, Any] = {
     "language": {
@@ -391,30 +456,45 @@ def _pick_language(config: Mapping[str, Any], source: str) -> dict[str, Any]:
         raise InputError("Unsupported language model", f"{source}: rope is scaled", "use Gemma")
     if "rope_theta" in rope:
         picked["rope_theta"] = rope["rope_theta"]
-    for key in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"):
-        if key not in picked:
-            raise InputError("Not a Gemma configuration", f"{source}: {key} is missing")
+    _require(picked, _GEMMA_SIZES, source)
+    for key in _GEMMA_SIZES:
+        if not isinstance(picked[key], int) or picked[key] < 1:
+            raise InputError(
+                "Not a Gemma configuration",
+                f"{source}: {key} = {picked[key]!r}",
+                "it must be a whole number above 0",
+            )
     return picked
+
+
+def _require(config: Mapping[str, Any], keys: tuple[str, ...], source: str) -> None:
+    missing = [key for key in keys if config.get(key) is None]
+    if missing:
+        raise InputError(
+            "Incomplete configuration",
+            f"{source}: {', '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing",
+            "copy the file that belongs to these weights again",
+        )
 
 
 def _read_towers(config: Mapping[str, Any], towers: Mapping[str, Any] | None) -> dict[str, Any]:
     """Return the fields of `ModelConfig` that describe the towers."""
     if towers is None:
         published = ModelConfig.preset("mgm-2b")
-        widths = (config.get("mm_hidden_size"), config.get("mm_hidden_size_aux"))
-        if widths != (published.vision_width, published.high_resolution_width):
+        if not ModelConfig.has_published_widths(config):
+            widths = [config.get(key) for key in _WIDTH_KEYS]
             raise InputError(
                 "Unknown vision towers",
-                f"config.json: mm_hidden_size, mm_hidden_size_aux = {widths}",
-                "put a towers.json with their sizes beside config.json",
+                f"config.json: {', '.join(_WIDTH_KEYS)} = {widths}",
+                "give the towers' folders, or put a towers.json with their sizes beside it",
             )
         return {
             "vision": dict(published.vision),
             "high_resolution": dict(published.high_resolution),
         }
-    clip, convnext = towers.get("clip_vision"), towers.get("convnext_aux")
-    if not clip or not convnext:
-        raise InputError("Incomplete towers.json", "clip_vision and convnext_aux are both needed")
+    _require(towers, ("clip_vision", "convnext_aux"), "towers.json")
+    clip, convnext = towers["clip_vision"], towers["convnext_aux"]
+    _require(convnext, ("dims", "depths"), "towers.json, convnext_aux")
     high_resolution = {
         "hidden_sizes": list(convnext["dims"]),
         "depths": list(convnext["depths"]),
@@ -429,6 +509,9 @@ def _read_towers(config: Mapping[str, Any], towers: Mapping[str, Any] | None) ->
     for key in ("image_mean", "image_std"):
         if key in towers:
             values[key] = tuple(towers[key])
+    for key in ("vision_tower_path", "high_resolution_tower_path"):
+        if key in towers:
+            values[key] = str(towers[key])
     return values
 
 
@@ -481,8 +564,9 @@ def _read_convnext(
             f"{open_clip}: preprocess_cfg differs from the CLIP folder's mean and std",
             "both towers read the same tensor, so they need the same normalisation",
         )
-    model = config.get("model_cfg", {}).get("vision_cfg", {}).get("timm_model_name", "")
+    vision = config.get("model_cfg", {}).get("vision_cfg", {})
+    model = vision.get("timm_model_name", "")
     if model not in CONVNEXT_SIZES:
         known = ", ".join(CONVNEXT_SIZES)
         raise InputError("Unsupported ConvNeXt", f"{open_clip}: timm_model_name {model!r}", known)
-    return {**CONVNEXT_SIZES[model], "drop_path_rate": 0.1}
+    return {**CONVNEXT_SIZES[model], "drop_path_rate": vision.get("timm_drop_path", 0.1)}

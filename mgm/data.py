@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -59,7 +60,8 @@ def preprocess_image(
     Returns:
         (3, S, S), float32, normalised.
     """
-    return normalised(square_pixels(image, size, aspect_ratio, mean), mean, std)
+    pixels = square_pixels(image, size, aspect_ratio, mean)
+    return normalised(pixels, mean, std)
 
 
 def square_pixels(
@@ -72,9 +74,13 @@ def square_pixels(
 
 def normalised(pixels: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """Return bytes (..., 3, S, S) as float32, normalised, on their device."""
-    means = torch.tensor(mean, device=pixels.device)[:, None, None]
-    deviations = torch.tensor(std, device=pixels.device)[:, None, None]
-    return (pixels.float() / 255 - means) / deviations
+    means = _per_channel(tuple(mean), pixels.device)
+    return (pixels.float() / 255 - means) / _per_channel(tuple(std), pixels.device)
+
+
+@cache  # making such a tensor waits for the accelerator
+def _per_channel(values: tuple[float, ...], device: torch.device) -> Tensor:
+    return torch.tensor(values, device=device)[:, None, None]
 
 
 def _squared(image: Image.Image, aspect_ratio: AspectRatio, mean: Sequence[float]) -> Image.Image:

@@ -16,30 +16,30 @@ import json
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
 from transformers import AutoTokenizer
 
 from mgm import generate
 from mgm.benchmarks import Benchmark, MMBench, TextVQA, scorer_fingerprint, write_lines
 from mgm.checkpoint import build_model, load_full, load_projector, read_config
 from mgm.config import ModelConfig
-from mgm.data import preprocess_image
 from mgm.errors import InputError
+from mgm.fast_vision import FastTowers
 from mgm.files import write_json
-from mgm.generate import Answerer, Decoding, Request
+from mgm.generate import Answerer
 from mgm.lora import load_lora, merge_lora
 from mgm.model import MGM
+from mgm.pictures import DecodedPictures, default_workers
 from mgm.predictions import Predictions
 from mgm.program import run_program
 from mgm.progress import Progress
 from mgm.prompt import encode_prompt, generation_prompt
+from mgm.request import Decoding, Request
 from mgm.settings import parse_settings
 
 PREDICTIONS_FILE = "predictions.jsonl"
@@ -82,7 +82,17 @@ class EvaluateSettings:
     )
     attention: Literal["eager", "sdpa", "flash_attention_2"] = _setting("sdpa", "attention kernel")
     threads: int | None = _setting(None, "CPU threads of the model")
-    workers: int = _setting(4, "threads that decode pictures ahead; 0 decodes in line")
+    numerics: Literal["fast", "reference"] = _setting(
+        "fast",
+        "reference: the published order of operations; fast: the same to rounding, prompts packed, "
+        "what they share read once, a static cache",
+    )
+    compile: Literal["auto", "always", "never"] = _setting(
+        "auto", "compile layers, and replay steps on a GPU, with numerics = fast; auto on a GPU"
+    )
+    workers: int | None = _setting(
+        None, "threads that decode pictures ahead, else one a core, 16 at most; 0 decodes in line"
+    )
     progress: Path | None = _setting(None, "file to which progress is appended")
 
     def __post_init__(self) -> None:
@@ -95,7 +105,7 @@ class EvaluateSettings:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise _bad_setting(name, value, f"Give {least} or more.")
-        if self.workers < 0:
+        if self.workers is not None and self.workers < 0:
             raise _bad_setting("workers", self.workers, "Give 0 or more.")
         if self.benchmark == "textvqa" and self.images is None:
             raise _bad_setting("images", None, "TextVQA needs the folder of its pictures.")
@@ -130,52 +140,16 @@ class EvaluateSettings:
         return getattr(torch, self.dtype)  # type: ignore[no-any-return]
 
     @property
+    def is_compiled(self) -> bool:
+        """Whether layers are compiled."""
+        on_gpu = self.torch_device.type == "cuda"
+        return self.compile == "always" or (self.compile == "auto" and on_gpu)
+
+    @property
     def answering_model(self) -> str:
         """Name of the model in the kit's files."""
         folder = self.checkpoint or self.projector
         return self.model_id or (folder.resolve().name if folder else "model")
-
-
-class Pictures:
-    """Preprocessed pictures, decoded ahead by threads.
-
-    Args:
-        benchmark: Opens pictures.
-        config: Size and normalisation.
-        workers: Threads; 0 decodes when asked.
-    """
-
-    def __init__(self, benchmark: Benchmark, config: ModelConfig, workers: int) -> None:
-        self._benchmark = benchmark
-        self._config = config
-        self._pool = ThreadPoolExecutor(workers) if workers else None
-        self._ahead: dict[str, Future[Tensor]] = {}
-
-    def load(self, key: str) -> Tensor:
-        """Return the normalised picture (3, S, S)."""
-        future = self._ahead.pop(key, None)
-        return self._preprocess(key) if future is None else future.result()
-
-    def prefetch(self, keys: Sequence[str]) -> None:
-        """Start to decode pictures that are asked for soon."""
-        if self._pool is not None:
-            for key in keys:
-                if key not in self._ahead:
-                    self._ahead[key] = self._pool.submit(self._preprocess, key)
-
-    def close(self) -> None:
-        """Stop decoding."""
-        if self._pool is not None:
-            self._pool.shutdown(cancel_futures=True)
-
-    def _preprocess(self, key: str) -> Tensor:
-        return preprocess_image(
-            self._benchmark.picture(key),
-            self._config.image_size_aux,
-            "pad",  # in evaluation always, whatever the stage was trained with
-            self._config.image_mean,
-            self._config.image_std,
-        )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -246,7 +220,7 @@ def load_model(settings: EvaluateSettings) -> MGM:
             dtype,
             vision_tower_dir=settings.vision_tower,
             high_resolution_tower_dir=settings.high_resolution_tower,
-            attention=settings.attention,
+            **_overrides(settings),
         )
     return model.to(settings.torch_device).eval()
 
@@ -289,22 +263,15 @@ def answer_all(
     ]
     batches = generate.plan_batches(requests, settings.batch_size)
     batches = [batch for batch in batches if not partial.answers.keys() >= set(batch)]
-    stops = generate.stop_ids(tokenizer, at_end_of_turn=settings.stop == "turn")
-    with _closing(Pictures(benchmark, model.config, settings.workers)) as pictures:
-        answerer = Answerer(model, pictures.load, Decoding(settings.answer_limit, stops))
+    with _decoded_ahead(benchmark, model, settings) as pictures:
+        answerer = make_answerer(model, tokenizer, pictures, settings)
         started, before = time.monotonic(), len(partial.answers)
         total = len(benchmark.items)
         progress.update(step=before, total=total, unit="questions", label=benchmark.name)
-        previous: list[str] = []
-        for batch, following in zip(batches, [*batches[1:], []], strict=True):
-            shown = [benchmark.items[position].image for position in batch]
-            upcoming = [benchmark.items[position].image for position in following]
-            pictures.prefetch([key for key in dict.fromkeys(shown) if key not in previous])
-            pictures.prefetch([key for key in dict.fromkeys(upcoming) if key not in shown])
-            answers = answerer.answer([requests[position] for position in batch])
+        answered = answerer.answer_batches([[requests[p] for p in batch] for batch in batches])
+        for batch, answers in zip(batches, answered, strict=True):
             texts = [generate.decode(tokenizer, ids) for ids in answers]
             partial.add(dict(zip(batch, texts, strict=True)))
-            previous = shown
             done = len(partial.answers)
             progress.update(
                 step=done,
@@ -313,6 +280,23 @@ def answer_all(
                 label=benchmark.name,
                 samples_per_second=(done - before) / (time.monotonic() - started),
             )
+
+
+def make_answerer(
+    model: MGM, tokenizer: Any, pictures: DecodedPictures, settings: EvaluateSettings
+) -> Answerer:
+    """Put together what answers as the settings ask."""
+    stops = generate.stop_ids(tokenizer, at_end_of_turn=settings.stop == "turn")
+    is_fast_on_gpu = settings.numerics == "fast" and model.device.type == "cuda"
+    return Answerer(
+        model,
+        pictures.load,
+        Decoding(settings.answer_limit, stops),
+        prefetch=pictures.prefetch,
+        numerics=settings.numerics,
+        towers=FastTowers(model, compiled=settings.is_compiled) if is_fast_on_gpu else None,
+        compiled=settings.is_compiled,
+    )
 
 
 def write_results(
@@ -350,11 +334,20 @@ def write_results(
                 "batch_size": settings.batch_size,
                 "dtype": str(settings.torch_dtype).removeprefix("torch."),
                 "device": settings.torch_device.type,
+                "numerics": settings.numerics,
             },
             "seconds": speed["seconds"],
             "samples_per_second": rate,
         },
     )
+
+
+def _overrides(settings: EvaluateSettings) -> dict[str, Any]:
+    """Return what the settings change in a model's configuration."""
+    return {
+        "attention": settings.attention,
+        "reassociated_mining": settings.numerics == "fast",
+    }
 
 
 def _load_parts(settings: EvaluateSettings) -> MGM:
@@ -367,12 +360,11 @@ def _load_parts(settings: EvaluateSettings) -> MGM:
             f"{settings.checkpoint} holds LoRA adapters, which need the model they were made for",
             "Give --language-model, --vision-tower and --high-resolution-tower.",
         )
+    overrides = _overrides(settings)
     if settings.checkpoint is not None:
-        config = read_config(settings.checkpoint, attention=settings.attention)
+        config = read_config(settings.checkpoint, **overrides)
     else:
-        config = ModelConfig.from_parts(
-            language, vision, high_resolution, attention=settings.attention
-        )
+        config = ModelConfig.from_parts(language, vision, high_resolution, **overrides)
     model = build_model(config, language, vision, high_resolution, settings.torch_dtype)
     if settings.checkpoint is not None:
         load_lora(model, settings.checkpoint)
@@ -399,7 +391,13 @@ def _fingerprint(settings: EvaluateSettings) -> str:
         "language": settings.language,
         "images": str(settings.images),
         "decoding": [settings.answer_limit, settings.stop, settings.batch_size],
-        "numerics": [str(settings.torch_dtype), settings.torch_device.type, settings.attention],
+        "numerics": [
+            settings.numerics,
+            str(settings.torch_dtype),
+            settings.torch_device.type,
+            settings.attention,
+            settings.is_compiled,
+        ],
         "inputs": [_file_digest(path) for path in inputs],
         "model": [_file_states(path) for path in parts],
     }
@@ -435,7 +433,11 @@ def _bad_setting(name: str, value: object, hint: str) -> InputError:
 
 
 @contextmanager
-def _closing(pictures: Pictures) -> Iterator[Pictures]:
+def _decoded_ahead(
+    benchmark: Benchmark, model: MGM, settings: EvaluateSettings
+) -> Iterator[DecodedPictures]:
+    workers = default_workers() if settings.workers is None else settings.workers
+    pictures = DecodedPictures(benchmark.picture, model.config, workers)
     try:
         yield pictures
     finally:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 import torch
@@ -78,6 +79,10 @@ class Execution(ABC):
             accumulation: Micro-batches over which the step's mean is taken.
             ranks: The number of passes is a multiple of this, where there are samples enough.
         """
+
+    def expect(self, one: Pass) -> None:
+        """Prepare a pass on the CPU, while the accelerator is at the one before it."""
+        self.features.expect(one.pictures)
 
     @abstractmethod
     def loss(self, one: Pass) -> Tensor:
@@ -161,6 +166,9 @@ class PackedExecution(Execution):
         language: Runs the language model over packed rows.
     """
 
+    always_with_pictures = False
+    """Whether a row of texts alone goes through the vision side too, with a gradient of zero."""
+
     def __init__(
         self,
         model: MGM,
@@ -173,6 +181,18 @@ class PackedExecution(Execution):
         super().__init__(model, dataset, features, dtype)
         self.budget = budget
         self._language = language
+        self._pool = ThreadPoolExecutor(1)
+        self._expected: dict[tuple[int, ...], Future[PackedRow]] = {}
+
+    def expect(self, one: Pass) -> None:
+        """Lay out a row and stack its pictures, while the accelerator is at the one before it."""
+        super().expect(one)
+        if one.indices not in self._expected:
+            self._expected[one.indices] = self._pool.submit(self._row, one)
+
+    def _row(self, one: Pass) -> PackedRow:
+        row = packed_row(one.samples, self.model.config.num_image_tokens)
+        return row.mapped(Tensor.pin_memory) if self.model.device.type == "cuda" else row
 
     def passes(
         self, micro_batches: Sequence[Sequence[int]], accumulation: int, ranks: int = 1
@@ -197,7 +217,10 @@ class PackedExecution(Execution):
     def loss(self, one: Pass) -> Tensor:
         """Return the weighted cross-entropy of the row's labels."""
         model = self.model
-        row = packed_row(one.samples, model.config.num_image_tokens, model.device)
+        self.expect(one)
+        device = model.device
+        row = self._expected.pop(one.indices).result()
+        row = row.mapped(lambda tensor: tensor.to(device, non_blocking=True))
         hidden = self._language(self._embeds(row), row.segments)  # (T, E)
         return label_loss(
             hidden.index_select(0, row.label_places),
@@ -211,10 +234,14 @@ class PackedExecution(Execution):
         model = self.model
         embeds: Tensor = model.language_model.get_input_embeddings()(row.ids)
         embeds = embeds.to(self.dtype)
-        if not row.pictures:
+        pictures: tuple[int | None, ...] = row.pictures
+        if not pictures and not self.always_with_pictures:
             return embeds
         with self.autocast():
-            rows = model.project(self.features.of(row.pictures)).flatten(0, 1)  # (pictures * N, E)
+            features = self.features.of(pictures or (None,))
+            rows = model.project(features).flatten(0, 1)  # (pictures * N, E)
+        if not pictures:
+            rows = rows[:0]
         if row.image_rows is not None:
             rows = rows.index_select(0, row.image_rows)
         scale = math.sqrt(model.config.language_width)
@@ -222,6 +249,8 @@ class PackedExecution(Execution):
 
     def halve(self) -> str:
         """Halve the positions of a pass, or recompute every layer where that is not done yet."""
+        self._expected.clear()
+        self.features.forget_expected()
         layers = len(self.model.language_model.model.layers)
         if self._language.recomputed_layers < layers:
             self._language.recomputed_layers = layers

@@ -18,6 +18,7 @@ from mgm.data import AspectRatio, InstructionDataset, normalised
 from mgm.errors import InputError
 from mgm.model import MGM, TowerFeatures
 from mgm.progress import Progress
+from mgm.vision import low_resolution_views
 
 ENCODING_BATCH = 32
 ANNOUNCED_PICTURES = 96
@@ -53,6 +54,8 @@ class PictureFeatures:
         self._dataset = dataset
         self._aspect_ratio = aspect_ratio
         self._pool = ThreadPoolExecutor(max(1, workers))
+        self._gatherer = ThreadPoolExecutor(1)
+        self._expected: dict[tuple[int | None, ...], Future[Tensor]] = {}
         self._cached: TowerFeatures | None = None
         self._blank: TowerFeatures | None = None
 
@@ -91,6 +94,15 @@ class PictureFeatures:
             if position is not None and position not in self._announced:
                 self._announced[position] = self._pool.submit(self._load, position)
 
+    def expect(self, pictures: Sequence[int | None]) -> None:
+        """Gather the pictures of the next pass, while the accelerator is at the one before it."""
+        if self._cached is None and tuple(pictures) not in self._expected:
+            self._expected[tuple(pictures)] = self._gatherer.submit(self._gather, pictures)
+
+    def forget_expected(self) -> None:
+        """Let go of pictures that were gathered for passes which will not come."""
+        self._expected.clear()
+
     def of(self, pictures: Sequence[int | None]) -> TowerFeatures:
         """Return the features of a batch's pictures, on the model's device."""
         if self._cached is None:
@@ -100,23 +112,36 @@ class PictureFeatures:
         return self._cached[rows].to(device=self._model.device)
 
     def _encode(self, pictures: Sequence[int | None]) -> TowerFeatures:
-        config = self._model.config
-        wanted = dict.fromkeys(position for position in pictures if position is not None)
-        for position in wanted:
+        self.expect(pictures)
+        pixels = self._expected.pop(tuple(pictures)).result()
+        config, device = self._model.config, self._model.device
+        sent = pixels.to(device, non_blocking=True)
+        images = normalised(sent, config.image_mean, config.image_std)
+        if None in pictures:
+            every = images.new_zeros(len(pictures), *images.shape[1:])  # the blank one is zero
+            known = [place for place, position in enumerate(pictures) if position is not None]
+            every[known] = images
+            images = every
+        # Views are made before the precision is lowered, here as in answering.
+        views = low_resolution_views(images, config)
+        dtype = self._model.tower_dtype
+        return self._towers(views.to(dtype), images.to(dtype))
+
+    def _gather(self, pictures: Sequence[int | None]) -> Tensor:
+        """Return the pictures that are not blank as bytes (I, 3, S, S), in pinned memory."""
+        wanted = [position for position in pictures if position is not None]
+        futures: dict[int, Future[Tensor]] = {}
+        for position in dict.fromkeys(wanted):
             if position not in self._announced:
                 self._announced[position] = self._pool.submit(self._load, position)
-        pixels = {position: self._announced.pop(position).result() for position in wanted}
-        device, size = self._model.device, config.image_size_aux
-        loaded = [pixels[position] for position in pictures if position is not None]
-        if not loaded:
-            return self._towers(None, torch.zeros(len(pictures), 3, size, size, device=device))
-        stacked = torch.stack(loaded).to(device)
-        images = normalised(stacked, config.image_mean, config.image_std)  # (I, 3, S, S)
-        if len(loaded) < len(pictures):
-            every = images.new_zeros(len(pictures), 3, size, size)  # the blank picture is zero
-            every[[place for place, p in enumerate(pictures) if p is not None]] = images
-            images = every
-        return self._towers(None, images)
+            futures[position] = self._announced.pop(position)
+        size = self._model.config.image_size_aux
+        pixels = torch.empty(len(wanted), 3, size, size, dtype=torch.uint8)
+        if self._model.device.type == "cuda":
+            pixels = pixels.pin_memory()
+        for place, position in enumerate(wanted):
+            pixels[place] = futures[position].result()
+        return pixels
 
     def _load(self, position: int) -> Tensor:
         config = self._model.config

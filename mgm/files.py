@@ -11,15 +11,18 @@ from mgm.errors import InputError
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object.
+    """Read a JSON object; `~` at the start of the path is the home folder.
 
     Raises:
-        InputError: If the file is missing or holds anything else.
+        InputError: If the file is missing or unreadable, or holds anything else.
     """
+    path = path.expanduser()
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise InputError("File not found", str(path)) from None
+        raise InputError("File not found", str(path), "check the path") from None
+    except OSError as error:
+        raise InputError("Cannot read file", f"{path}: {error.strerror}") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise InputError("Not a JSON file", f"{path}: {error}") from None
     if not isinstance(content, dict):
@@ -29,6 +32,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Write a file beside `path` and rename, so that a reader never meets half a file."""
+    path = path.expanduser()
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     write(partial)

@@ -1,49 +1,55 @@
 """Greedy answering of many prompts about pictures, in batches.
 
-Owns the order in which prompts are answered, the encoding of pictures and the decoding loop. A
-prompt's answer does not depend on what else is in its batch: rows are padded on the right, every
-row keeps its own positions, and padding is masked. It knows nothing of benchmarks or files.
+Owns the order in which prompts are answered and pictures are encoded, and what happens when a batch
+does not fit into the accelerator's memory. The work itself is `mgm.pictures`' and that of a decoder:
+`mgm.decoding`, or `mgm.padded_decoding` as published. A prompt's answer does not depend on what
+else is in its batch, but for the rounding of the arithmetic. It knows nothing of benchmarks or
+files.
 
-Shape legend: B rows, L positions, E language width, N image tokens of one picture.
+Shape legend: N image tokens of one picture, E language width, S side of a picture in pixels.
 """
 
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
-from transformers import DynamicCache
 
+from mgm.decoding import PackedDecoder
 from mgm.errors import InputError
+from mgm.features import Towers
 from mgm.model import MGM
-from mgm.vision import low_resolution_views
+from mgm.padded_decoding import PaddedDecoder
+from mgm.pictures import PictureEncoder
+from mgm.request import Decoding, Request
 
 END_OF_TURN = "<end_of_turn>"
-# Past this number of pictures the towers gain no speed and only need more memory.
-PICTURES_AT_ONCE = 8
+# Past these numbers of pictures the towers gain no speed and only need more memory. The plain way
+# makes the fused map of every picture, 200 MB each at the published size.
+PICTURES_AT_ONCE = {"fast": 16, "reference": 8}
+
+READ_AHEAD = 96
+"""Decoded pictures that wait at most: 1.7 MB each at the published size."""
 
 LoadImage = Callable[[str], Tensor]
+Prefetch = Callable[[Sequence[str]], None]
+Numerics = Literal["fast", "reference"]
 
 
-@dataclass(frozen=True)
-class Request:
-    """A prompt as token ids, an image token for each picture, and the pictures' keys in order."""
+class Decoder(Protocol):
+    """Continues batches of prompts; one batch at a time is between start and finish."""
 
-    ids: tuple[int, ...]
-    images: tuple[str, ...] = ()
+    def start(self, requests: Sequence[Request], rows: Mapping[str, Tensor]) -> Any:
+        """Read a batch's prompts, given the rows (N, E) of its pictures."""
 
+    def finish(self, batch: Any) -> list[list[int]]:
+        """Return the new ids of each row of a started batch, the stop id included."""
 
-@dataclass(frozen=True)
-class Decoding:
-    """When an answer ends: at any of the stop ids, or after `max_new_tokens`."""
-
-    max_new_tokens: int
-    stop_ids: frozenset[int]
+    def release(self) -> None:
+        """Give back memory that is kept from batch to batch."""
 
 
 def stop_ids(tokenizer: Any, *, at_end_of_turn: bool = True) -> frozenset[int]:
@@ -100,29 +106,55 @@ def plan_batches(requests: Sequence[Request], batch_size: int) -> list[list[int]
 
 
 class Answerer:
-    """Answers batches of requests, keeping the rows of pictures that the next batch shares.
+    """Answers batches of requests.
 
     Args:
-        model: In evaluation mode and on its device.
-        load_image: Returns the normalised picture (3, S, S) of a key.
+        model: In evaluation mode, on its device, and with its weights final.
+        load_image: Returns the picture (3, S, S) of a key, as bytes or normalised.
         decoding: When answers end.
+        prefetch: Told which keys are loaded soon.
+        numerics: `reference` is the published order of operations; `fast` reads prompts packed,
+            what they share once, and decodes over a static cache.
+        towers: Run the model's towers; None runs them as they are.
+        compiled: With fast numerics, compile layers and replay decoding steps; None does on a GPU.
     """
 
-    def __init__(self, model: MGM, load_image: LoadImage, decoding: Decoding) -> None:
-        self._model = model
+    def __init__(
+        self,
+        model: MGM,
+        load_image: LoadImage,
+        decoding: Decoding,
+        *,
+        prefetch: Prefetch | None = None,
+        numerics: Numerics = "fast",
+        towers: Towers | None = None,
+        compiled: bool | None = None,
+    ) -> None:
         self._load_image = load_image
-        self._decoding = decoding
+        self._prefetch = prefetch
+        is_fast = numerics == "fast"
+        self.encoder = PictureEncoder(
+            model, towers, is_mined_coarse=is_fast, at_once=PICTURES_AT_ONCE[numerics]
+        )
+        self.decoder: Decoder = PaddedDecoder(model, decoding)
+        if is_fast:
+            is_cuda = model.device.type == "cuda"
+            self.decoder = PackedDecoder(
+                model, decoding, compiled=is_cuda if compiled is None else compiled
+            )
         self._rows: dict[str, Tensor] = {}
+        self._coming: list[str] = []
+        self._later: set[str] = set()
         self._largest_batch: int | None = None
         self.num_encoded = 0
         """Pictures encoded so far."""
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def answer(self, requests: Sequence[Request]) -> list[list[int]]:
         """Return the new ids of each request, the stop id included.
 
-        A batch too large for the accelerator's memory is halved until it fits, and later batches
-        start at the size that did.
+        The rows of its pictures are kept for the next batch. A batch too large for the
+        accelerator's memory is halved until it fits, and later batches start at the size that did.
 
         Raises:
             InputError: a single request does not fit into the memory.
@@ -131,20 +163,58 @@ class Answerer:
         while len(answers) < len(requests):
             size = min(self._largest_batch or len(requests), len(requests) - len(answers))
             piece = requests[len(answers) : len(answers) + size]
-            done = self._try(piece)
-            if done is None:
-                self._shrink(size)
-            else:
-                answers.extend(done)
+            started = self._attempt(size, self._start, piece)
+            if started is not None:
+                answers.extend(self._attempt(size, self.decoder.finish, started) or [])
         return answers
 
-    def _try(self, requests: Sequence[Request]) -> list[list[int]] | None:
-        try:
-            return self._answer_batch(requests)
-        except torch.OutOfMemoryError:
-            return None
+    @torch.no_grad()
+    def answer_batches(self, batches: Sequence[Sequence[Request]]) -> Iterator[list[list[int]]]:
+        """Yield the new ids of each batch's requests, one list for each batch.
 
-    def _shrink(self, size: int) -> None:
+        While the caller handles a batch's answers, the accelerator reads the next batch's prompts;
+        the pictures of the batch after are encoded before those prompts are continued.
+
+        Raises:
+            InputError: a single request does not fit into the memory.
+        """
+        last_use = {key: n for n, batch in enumerate(batches) for key in _pictures_of(batch)}
+        self._coming = list(dict.fromkeys(key for batch in batches for key in _pictures_of(batch)))
+        previous: tuple[Sequence[Request], Any] | None = None
+        for number, batch in enumerate(batches):
+            self._later = {key for key, last in last_use.items() if last > number}
+            if self._fits(batch):
+                self._encode(batch)
+            answers = None if previous is None else self._land(*previous)
+            started = None
+            if self._fits(batch):
+                started = self._attempt(len(batch), self._start, batch)
+            previous = batch, started
+            if answers is not None:
+                yield answers
+        if previous is not None:
+            yield self._land(*previous)
+
+    def _fits(self, batch: Sequence[Request]) -> bool:
+        return self._largest_batch is None or len(batch) <= self._largest_batch
+
+    def _land(self, batch: Sequence[Request], started: Any) -> list[list[int]]:
+        """Return the answers of a batch that was started, or else did not fit into the memory."""
+        answers = None
+        if started is not None:
+            answers = self._attempt(len(batch), self.decoder.finish, started)
+        return self.answer(batch) if answers is None else answers
+
+    def _start(self, requests: Sequence[Request]) -> Any:
+        self._encode(requests)
+        return self.decoder.start(requests, self._rows)
+
+    def _attempt(self, size: int, work: Callable[[Any], Any], argument: Any) -> Any:
+        """Return what the work on `size` requests gives; None, and halve, where it does not fit."""
+        try:
+            return work(argument)
+        except torch.OutOfMemoryError:
+            pass
         # Outside the handler, whose traceback would keep the batch's tensors alive.
         if size == 1:
             raise InputError(
@@ -154,37 +224,33 @@ class Answerer:
             )
         self._largest_batch = size // 2
         self._rows.clear()
+        self.decoder.release()
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-
-    def _answer_batch(self, requests: Sequence[Request]) -> list[list[int]]:
-        self._encode(requests)
-        rows = [self._embed(request) for request in requests]  # each (L_i, E)
-        return _decode_greedily(self._model, rows, self._decoding)
+        return None
 
     def _encode(self, requests: Sequence[Request]) -> None:
-        """Make the image rows of a batch available and forget all others."""
-        keys = dict.fromkeys(key for request in requests for key in request.images)
-        self._rows = {key: rows for key, rows in self._rows.items() if key in keys}
-        missing = [key for key in keys if key not in self._rows]
-        for start in range(0, len(missing), PICTURES_AT_ONCE):
-            piece = missing[start : start + PICTURES_AT_ONCE]
-            pixels = torch.stack([self._load_image(key) for key in piece])  # (I, 3, S, S)
-            pixels = pixels.to(self._model.device)
-            # Views are made before the precision is lowered.
-            views = low_resolution_views(pixels, self._model.config)
-            dtype = self._model.dtype
-            encoded = self._model.encode_images(views.to(dtype), pixels.to(dtype))  # (I, N, E)
-            self._rows.update(zip(piece, encoded, strict=True))
-            self.num_encoded += len(piece)
-
-    def _embed(self, request: Request) -> Tensor:
-        ids = torch.tensor([request.ids], device=self._model.device)  # (1, T)
-        rows: Tensor | list[Tensor] = [self._rows[key] for key in request.images]
-        if not request.images:
-            rows = ids.new_zeros(1, 0, self._model.config.language_width, dtype=self._model.dtype)
-        return self._model.splice(ids, None, None, rows).inputs_embeds[0]  # (L, E)
+        """Make the image rows of a batch available, and forget those that nobody needs."""
+        shown = _pictures_of(requests)
+        needed = self._later.union(shown)
+        self._rows = {key: rows for key, rows in self._rows.items() if key in needed}
+        missing = [key for key in shown if key not in self._rows]
+        if not missing:
+            return
+        absent = set(missing)
+        waiting = [key for key in self._coming if key not in absent and key not in self._rows]
+        # Later pictures fill the last group up, since towers like a constant size.
+        num_filling = -len(missing) % self.encoder.at_once
+        group = missing + waiting[:num_filling]
+        if self._prefetch is not None:
+            self._prefetch(group)
+        rows = self.encoder.encode([self._load_image(key) for key in group])
+        self._rows.update(zip(group, rows, strict=True))
+        self.num_encoded += len(group)
+        self._coming = waiting[num_filling:]
+        if self._prefetch is not None:
+            self._prefetch(self._coming[:READ_AHEAD])
 
 
 def answer(
@@ -199,7 +265,7 @@ def answer(
     Args:
         model: In evaluation mode and on its device.
         requests: In any order; `plan_batches` decides which are answered together.
-        load_image: Returns the normalised picture (3, S, S) of a key.
+        load_image: Returns the picture (3, S, S) of a key, as bytes or normalised.
         decoding: When answers end.
         batch_size: Rows of a batch.
 
@@ -207,80 +273,11 @@ def answer(
         InputError: a single request does not fit into the memory.
     """
     answerer = Answerer(model, load_image, decoding)
-    for batch in plan_batches(requests, batch_size):
-        answers = answerer.answer([requests[position] for position in batch])
+    batches = plan_batches(requests, batch_size)
+    answered = answerer.answer_batches([[requests[p] for p in batch] for batch in batches])
+    for batch, answers in zip(batches, answered, strict=True):
         yield from zip(batch, answers, strict=True)
 
 
-def _decode_greedily(model: MGM, rows: Sequence[Tensor], decoding: Decoding) -> list[list[int]]:
-    """Continue each row (L_i, E) of embeddings with its most likely tokens."""
-    batch = _DecodingBatch(model, rows)
-    answers: list[list[int]] = [[] for _ in rows]
-    ended: set[int] = set()
-    tokens = batch.next_tokens()
-    for _ in range(decoding.max_new_tokens):
-        for owner, token in zip(batch.owners, tokens.tolist(), strict=True):
-            if owner not in ended:
-                answers[owner].append(token)
-                if token in decoding.stop_ids or len(answers[owner]) == decoding.max_new_tokens:
-                    ended.add(owner)
-        if len(ended) == len(rows):
-            break
-        active = [place for place, owner in enumerate(batch.owners) if owner not in ended]
-        # Shrinking copies the cache, so it waits until it halves the work.
-        if 2 * len(active) <= len(batch.owners):
-            tokens = batch.keep(active, tokens)
-        batch.advance(tokens)
-        tokens = batch.next_tokens()
-    return answers
-
-
-class _DecodingBatch:
-    """Rows being continued: their cache, mask and positions.
-
-    `owners` says which row of the original batch each remaining row is.
-    """
-
-    def __init__(self, model: MGM, rows: Sequence[Tensor]) -> None:
-        self._language = model.language_model
-        self.owners = list(range(len(rows)))
-        lengths = torch.tensor([row.shape[0] for row in rows], device=rows[0].device)  # (B,)
-        embeds = pad_sequence(list(rows), batch_first=True)  # (B, L, E)
-        places = torch.arange(embeds.shape[1], device=lengths.device)
-        self._positions = lengths
-        self._mask = (places < lengths[:, None]).long()  # (B, L)
-        self._cache = DynamicCache(config=self._language.config)
-        output = self._language.model(
-            inputs_embeds=embeds,
-            attention_mask=self._mask,
-            past_key_values=self._cache,
-            use_cache=True,
-        )
-        batch = torch.arange(len(rows), device=lengths.device)
-        self._last = output.last_hidden_state[batch, lengths - 1]  # (B, E)
-
-    def next_tokens(self) -> Tensor:
-        """Return the most likely next token of each row (B,)."""
-        tokens: Tensor = self._language.lm_head(self._last).argmax(-1)
-        return tokens
-
-    def keep(self, places: Sequence[int], tokens: Tensor) -> Tensor:
-        """Drop all rows but those at `places`, and return their tokens."""
-        kept = torch.tensor(places, device=tokens.device)
-        self._cache.batch_select_indices(kept)
-        self._mask, self._positions = self._mask[kept], self._positions[kept]
-        self.owners = [self.owners[place] for place in places]
-        return tokens[kept]
-
-    def advance(self, tokens: Tensor) -> None:
-        """Append one token (B,) to each row."""
-        self._mask = torch.cat([self._mask, self._mask.new_ones(len(self.owners), 1)], dim=1)
-        output = self._language.model(
-            input_ids=tokens[:, None],
-            attention_mask=self._mask,
-            position_ids=self._positions[:, None],
-            past_key_values=self._cache,
-            use_cache=True,
-        )
-        self._positions = self._positions + 1
-        self._last = output.last_hidden_state[:, -1]  # (B, E)
+def _pictures_of(requests: Sequence[Request]) -> list[str]:
+    return list(dict.fromkeys(key for request in requests for key in request.images))

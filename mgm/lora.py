@@ -7,25 +7,23 @@ Source: LoRA, arXiv:2106.09685: W x + (alpha / rank) B A x, B starting at zero.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
-from safetensors.torch import save_file
 from torch import Tensor
 
 from mgm.errors import InputError
 from mgm.files import read_json, write_atomically, write_json
 from mgm.model import MGM
-from mgm.names import published_slots
-from mgm.weights import (
-    Slots,
-    assign,
-    parameter_slots,
-    read_tensors,
-)
+from mgm.names import published_slots, vision_module_name
+from mgm.weights import Slots, detached, fill, parameter_slots, write_safetensors
 
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 NON_LORA_FILE = "non_lora_trainables.bin"
 LORA_TARGETS = (
     "q_proj",
@@ -35,6 +33,18 @@ LORA_TARGETS = (
     "gate_proj",
     "up_proj",
     "down_proj",
+)
+# Options of PEFT's that change what the two matrices mean, or that train more than them.
+_UNSUPPORTED = (
+    "use_rslora",
+    "use_dora",
+    "rank_pattern",
+    "alpha_pattern",
+    "fan_in_fan_out",
+    "layers_to_transform",
+    "modules_to_save",
+    "exclude_modules",
+    "lora_bias",
 )
 
 
@@ -73,6 +83,9 @@ def _inject(model: MGM, config: LoraConfig) -> None:
 def merge_lora(model: MGM) -> None:
     """Add every adapter into its layer, W + (alpha / rank) B A, and remove the adapters.
 
+    The sum is rounded to the layer's dtype once: an update smaller than the weight's precision is
+    not rounded before it is added.
+
     Raises:
         ValueError: If none are attached, or a merged weight is not finite.
     """
@@ -82,10 +95,21 @@ def merge_lora(model: MGM) -> None:
     if not layers:
         raise ValueError("no LoRA adapters are attached")
     for name, layer in layers:
-        layer.merge(safe_merge=True)
+        base = layer.get_base_layer()
+        base.weight.data = _merged(name, layer, base.weight.data)
         owner, _, attribute = name.rpartition(".")
-        setattr(model.get_submodule(owner), attribute, layer.get_base_layer())
+        setattr(model.get_submodule(owner), attribute, base)
     model.language_model.requires_grad_(True)
+
+
+def _merged(name: str, layer: LoraLayer, weight: Tensor) -> Tensor:
+    """Return a layer's weight (O, I) with its adapter, added in float32."""
+    down = layer.lora_A["default"].weight.detach().float()  # (rank, I)
+    up = layer.lora_B["default"].weight.detach().float()  # (O, rank)
+    merged: Tensor = (weight.float() + layer.scaling["default"] * (up @ down)).to(weight.dtype)
+    if not merged.isfinite().all():
+        raise ValueError(f"{name}: the merged weight is not finite")
+    return merged
 
 
 def _adapter_slots(model: MGM) -> Slots:
@@ -97,9 +121,9 @@ def _adapter_slots(model: MGM) -> Slots:
     }
 
 
-def _non_lora_slots(model: MGM) -> Slots:
+def _vision_slots(model: MGM) -> Slots:
     return {
-        "base_model.model." + name: slot
+        name: slot
         for name, slot in published_slots(model).items()
         if name.startswith(("model.mm_projector.", "model.vlm_uni_"))
     }
@@ -117,53 +141,83 @@ def save_lora(model: MGM, folder: Path, base_model: str = "") -> None:
     layer = next((m for m in model.modules() if isinstance(m, LoraLayer)), None)
     if layer is None:
         raise ValueError("no LoRA adapters are attached")
+    folder = folder.expanduser()
     folder.mkdir(parents=True, exist_ok=True)
     dropout = getattr(layer.lora_dropout["default"], "p", 0.0)
     config = _lora_config(layer.r["default"], layer.lora_alpha["default"], dropout)
     config.base_model_name_or_path = base_model
     config.inference_mode = True
     config.save_pretrained(str(folder))
-    adapter = _values(_adapter_slots(model))
-    write_atomically(
-        folder / "adapter_model.safetensors",
-        lambda target: save_file(adapter, target, {"format": "pt"}),
-    )
-    others = _values(_non_lora_slots(model))
+    write_safetensors(folder / ADAPTER_FILES[0], _values(_adapter_slots(model)))
+    others = {f"base_model.model.{name}": v for name, v in _values(_vision_slots(model)).items()}
     write_atomically(folder / NON_LORA_FILE, lambda target: torch.save(others, target))
-    config_json = {**model.config.to_mgm_config(), "torch_dtype": str(model.dtype).split(".")[-1]}
-    write_json(folder / "config.json", config_json)
+    stored = str(model.dtype).removeprefix("torch.")
+    write_json(folder / "config.json", model.config.to_mgm_config(torch_dtype=stored))
     write_json(folder / "towers.json", model.config.to_towers())
 
 
 def _values(slots: Slots) -> dict[str, Tensor]:
     return {
-        name: getattr(module, attribute).detach().cpu().clone()
-        for name, (module, attribute) in slots.items()
+        name: detached(getattr(module, attribute)) for name, (module, attribute) in slots.items()
     }
 
 
 def load_lora(model: MGM, folder: Path) -> None:
     """Attach the adapters of a folder, and fill projector and mining from beside them.
 
+    Adapter names may hold the adapter's own name, `default`, and the other tensors any prefix.
+
     Raises:
         InputError: If the files are missing, use a LoRA variant or do not fit the model.
     """
-    path = folder / "adapter_config.json"
+    folder = folder.expanduser()
+    config = _read_adapter_config(folder / ADAPTER_CONFIG)
+    weights = next((folder / n for n in ADAPTER_FILES if (folder / n).exists()), None)
+    if weights is None:
+        raise InputError(
+            "No adapter weights", f"{folder} holds neither of {', '.join(ADAPTER_FILES)}"
+        )
+    others = folder / NON_LORA_FILE
+    if not others.exists():
+        raise InputError(
+            "No projector beside the adapters",
+            f"{others} is missing",
+            "copy the file that was written with these adapters",
+        )
+    _inject(model, config)
+    slots = _adapter_slots(model)
+    fill(slots, weights, lambda name: name.replace(".default.weight", ".weight"))
+    fill(_vision_slots(model), others, lambda name: vision_module_name(name) or name)
+
+
+def _read_adapter_config(path: Path) -> LoraConfig:
+    """Read PEFT's configuration of an adapter.
+
+    Raises:
+        InputError: Naming the key that is missing, unusable or of another LoRA variant.
+    """
     content = read_json(path)
-    if content.get("use_rslora") or content.get("use_dora"):
-        raise InputError("Unsupported adapter", f"{path}: use_rslora or use_dora", "use plain LoRA")
-    if set(content.get("target_modules") or ()) != set(LORA_TARGETS):
-        raise InputError("Unsupported adapter", f"{path}: target_modules", ", ".join(LORA_TARGETS))
+    _refuse_variants(path, content)
     try:
         rank, alpha = int(content["r"]), float(content["lora_alpha"])
-        dropout = float(content.get("lora_dropout", 0.0))
+        dropout = float(content.get("lora_dropout") or 0.0)
     except (KeyError, TypeError, ValueError) as error:
-        raise InputError("Unusable adapter", f"{path}: {error}", "r and lora_alpha") from None
-    weights = folder / "adapter_model.safetensors"
-    if not weights.exists():
-        weights = folder / "adapter_model.bin"
-    tensors = read_tensors(weights)
-    others = read_tensors(folder / NON_LORA_FILE)
-    _inject(model, _lora_config(rank, alpha, dropout))
-    assign(_adapter_slots(model), tensors, str(weights))
-    assign(_non_lora_slots(model), others, str(folder / NON_LORA_FILE))
+        raise InputError(
+            "Unusable adapter", f"{path}: {error}", "r and lora_alpha must be numbers"
+        ) from None
+    if rank < 1:
+        raise InputError("Unusable adapter", f"{path}: r = {rank}", "it must be 1 or more")
+    return _lora_config(rank, alpha, dropout)
+
+
+def _refuse_variants(path: Path, content: Mapping[str, Any]) -> None:
+    used = [key for key in _UNSUPPORTED if content.get(key)]
+    if content.get("bias", "none") != "none":
+        used.append("bias")
+    if content.get("peft_type", "LORA") != "LORA":
+        used.append("peft_type")
+    if used:
+        raise InputError("Unsupported adapter", f"{path}: {', '.join(used)}", "use plain LoRA")
+    targets = content.get("target_modules")
+    if not isinstance(targets, list) or {str(t) for t in targets} != set(LORA_TARGETS):
+        raise InputError("Unsupported adapter", f"{path}: target_modules", ", ".join(LORA_TARGETS))

@@ -3,14 +3,14 @@
 Owns the prediction for `numerics = fast` in bfloat16, the choice of how much goes through the model
 at once, and the words on what would make an impossible plan fit. Parts that follow from sizes are
 counted; what the compiler keeps for the backward pass was measured on an H100 and is named so.
-`benchmarks/fit.py` puts prediction and measurement side by side.
+`benchmarks/gpu.py` puts prediction and measurement side by side.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 from mgm.config import ModelConfig
 
@@ -22,6 +22,8 @@ LOGIT_ROWS = 1024
 TEXT_TOKENS = {"projector": 31, "lora": 250, "full": 250}
 """Typical text of a sample: captions in stage 1, conversations in stage 2."""
 LABEL_SHARE = 0.5
+WANTED_TOKENS = {"projector": 16384, "lora": 8192, "full": 8192}
+"""Beyond these, larger passes gained under 3 % on an H100."""
 
 Method = Literal["projector", "lora", "full"]
 
@@ -41,10 +43,13 @@ class Plan:
     """Text of a sample; None takes what is typical of the stage."""
 
     def least(self, config: ModelConfig) -> Plan:
-        """Return the plan at its smallest: one sample a pass, every layer recomputed."""
+        """Return the plan at its smallest: one sample a pass, every layer but one recomputed.
+
+        Recomputing the last one, too, saves nothing: it is made anew when all else is there.
+        """
         tokens = config.num_image_tokens + (self.text_tokens or TEXT_TOKENS[self.method])
-        layers = config.language["num_hidden_layers"]
-        return replace(self, tokens=tokens, recomputed_layers=layers)
+        layers = config.language["num_hidden_layers"] - 1
+        return replace(self, tokens=tokens, recomputed_layers=max(layers, self.recomputed_layers))
 
     def pictures(self, config: ModelConfig) -> int:
         """Return the pictures of a pass."""
@@ -89,8 +94,11 @@ class Memory:
         return self.reserved + CONTEXT
 
 
-RESERVED_SHARE = 1.04
-RESERVED_BYTES = 0.2 * GIB
+RESERVED_SHARE = 1.02
+RESERVED_BYTES = 0.4 * GIB
+"""What the allocator takes beside the peak: 0.1 to 1.1 GiB where it was measured."""
+WORKSPACE = 0.33 * GIB
+"""Of the matrix library and the attention kernels; measured."""
 
 
 def language_parameters(config: ModelConfig) -> int:
@@ -167,10 +175,10 @@ def _activations(config: ModelConfig, plan: Plan) -> tuple[float, float]:
     kept = _layer_bytes(config, plan.method)
     recomputed = min(plan.recomputed_layers, layers)
     per_token = (layers - recomputed) * kept + recomputed * 2.0 * width
-    fixed = plan.pictures(config) * KEPT_PER_PICTURE_TOKEN * config.num_image_tokens
-    one = BACKWARD_WIDTHS * 2.0 * sizes["intermediate_size"]
-    if recomputed:
-        one += kept
+    fixed = plan.pictures(config) * feature_bytes(config) + WORKSPACE
+    one = BACKWARD_WIDTHS[plan.method] * 2.0 * sizes["intermediate_size"]
+    if recomputed == layers:
+        one += kept  # made anew; where some layers were kept, they are gone by then
     return plan.tokens * per_token + fixed, plan.tokens * one
 
 
@@ -181,19 +189,18 @@ def _layer_bytes(config: ModelConfig, method: Method) -> float:
     heads = sizes["num_attention_heads"] * sizes["head_dim"]
     keys = sizes["num_key_value_heads"] * sizes["head_dim"]
     narrow, wide = KEPT[method]
-    return 2.0 * (narrow * width + 2 * heads + 2 * keys + wide * mlp)
+    return float(2 * (narrow * width + 2 * heads + 2 * keys + wide * mlp))
 
 
 KEPT: dict[Method, tuple[float, float]] = {
     "projector": (2.0, 2.0),
-    "lora": (4.0, 3.5),
+    "lora": (6.5, 3.5),
     "full": (4.0, 3.0),
 }
-"""Tensors of the model's and of the MLP's width that a layer keeps, attention's own aside."""
-KEPT_PER_PICTURE_TOKEN = 30_000.0
-"""Bytes that mining and projector keep for each token of a picture."""
-BACKWARD_WIDTHS = 3.0
-"""Tensors of the MLP's width that the backward pass of a layer has beside what was kept."""
+"""Tensors of the model's and of the MLP's width that a layer keeps, attention's own aside; counted
+on what the compiled layer saves. A dropout mask, a byte a value, is half a tensor."""
+BACKWARD_WIDTHS: dict[Method, float] = {"projector": 3.0, "lora": 5.0, "full": 3.0}
+"""Tensors of the MLP's width that the backward pass of a layer has beside what was kept; measured."""
 
 
 def _head(config: ModelConfig, plan: Plan) -> float:
@@ -202,17 +209,28 @@ def _head(config: ModelConfig, plan: Plan) -> float:
     text = plan.text_tokens or TEXT_TOKENS[plan.method]
     labels = min(LOGIT_ROWS, plan.pictures(config) * text * LABEL_SHARE)
     gradient = 2.0 * vocabulary * width if plan.method == "full" else 0.0
-    return labels * vocabulary * 2.0 * 2 + gradient
+    return float(labels * vocabulary * 2 * 2 + gradient)
+
+
+def feature_bytes(config: ModelConfig) -> float:
+    """Return what the towers say about one picture, which mining keeps for its backward pass."""
+    low = config.num_image_tokens * config.vision_width
+    side = config.image_size_aux // 4
+    maps = sum(
+        channels * (side >> stage) ** 2
+        for stage, channels in enumerate(config.high_resolution["hidden_sizes"])
+    )
+    return float(2 * (low + maps))
 
 
 def picture_bytes(config: ModelConfig) -> float:
     """Return what encoding one picture needs for the moment, measured in maps of stage 1."""
     first = config.high_resolution["hidden_sizes"][0]
     side = config.image_size_aux // 4
-    return PICTURE_MAPS * 2.0 * first * side * side
+    return float(PICTURE_MAPS * 2 * first * side * side)
 
 
-PICTURE_MAPS = 12.0
+PICTURE_MAPS = 7.0
 """Maps of the size of ConvNeXt's first stage, in bfloat16."""
 
 
@@ -226,9 +244,8 @@ def choose(config: ModelConfig, plan: Plan, free: float) -> Plan | None:
         free: Bytes that the allocator may take.
     """
     layers = config.language["num_hidden_layers"]
-    least = config.num_image_tokens + TEXT_TOKENS[plan.method]
-    for tokens in _descending(plan.tokens, least):
-        for recomputed in range(plan.recomputed_layers, layers + 1):
+    for tokens in _descending(plan.tokens, plan.least(config).tokens):
+        for recomputed in range(plan.recomputed_layers, max(layers, plan.recomputed_layers + 1)):
             candidate = replace(plan, tokens=tokens, recomputed_layers=recomputed)
             if predict(config, candidate).reserved <= free:
                 return candidate
@@ -237,23 +254,40 @@ def choose(config: ModelConfig, plan: Plan, free: float) -> Plan | None:
 
 def _descending(most: int, least: int) -> Iterator[int]:
     tokens = most
-    while tokens >= least:
+    while tokens > least:
         yield tokens
         tokens = tokens * 3 // 4 // 128 * 128
+    yield least  # a pass holds one sample, whatever was asked for
 
 
 def single_changes(config: ModelConfig, plan: Plan, free: float) -> list[str]:
-    """Return the single changes each of which would make an impossible plan fit."""
-    layers = config.language["num_hidden_layers"]
-    words: list[str] = []
-    candidates = {
-        "recompute every layer (recomputed_layers)": replace(plan, recomputed_layers=layers),
-        "halve tokens_per_pass": replace(plan, tokens=plan.tokens // 2),
-        "8-bit moments (moments: 8bit)": replace(plan, moments="8bit"),
-        "24-bit masters (master_weights: split24)": replace(plan, master_weights="split24"),
-        "train adapters (method: lora)": replace(plan, method="lora"),
-    }
-    for word, candidate in candidates.items():
-        if candidate != plan and choose(config, candidate, free) is not None:
-            words.append(word)
-    return words
+    """Return the single changes each of which would make an impossible plan fit.
+
+    Smaller passes and recomputed layers are not among them: `choose` has tried those. Leaner
+    masters and moments count as one change where neither helps alone.
+    """
+    masters, moments = {"master_weights": "split24"}, {"moments": "8bit"}
+    candidates: dict[str, dict[str, Any]] = {}
+    if plan.method == "full":
+        candidates = {
+            "8-bit moments (moments: 8bit)": moments,
+            "24-bit masters (master_weights: split24)": masters,
+            "8-bit moments with 24-bit masters (moments: 8bit, master_weights: split24)": {
+                **masters,
+                **moments,
+            },
+            "train adapters (method: lora)": {"method": "lora"},
+        }
+    elif plan.method == "lora" and plan.lora_rank > SMALL_RANK:
+        candidates = {f"smaller adapters (lora_rank: {SMALL_RANK})": {"lora_rank": SMALL_RANK}}
+    found: dict[str, dict[str, Any]] = {}
+    for word, change in candidates.items():
+        is_larger = any(one.items() < change.items() for one in found.values())
+        candidate = replace(plan, **change)
+        if candidate != plan and not is_larger and choose(config, candidate, free) is not None:
+            found[word] = change
+    return list(found)
+
+
+SMALL_RANK = 16
+"""Rank of adapters that is proposed where larger ones do not fit."""

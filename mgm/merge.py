@@ -1,8 +1,9 @@
 """Merge a LoRA folder into a full model folder that any loader of published checkpoints reads.
 
-`python -m mgm.merge --adapter DIR --language-model DIR --vision-tower DIR
---high-resolution-tower DIR --output DIR`. The published merge script cannot read its own
-trainer's adapters; this does what it is meant to do.
+`python -m mgm.merge --adapter DIR --output DIR [--language-model DIR] [--vision-tower DIR]
+[--high-resolution-tower DIR]`. Parts that are not given are taken from where the adapter notes
+them, or from beside it. The published merge script cannot read its own trainer's adapters; this
+does what it is meant to do.
 """
 
 from __future__ import annotations
@@ -14,14 +15,17 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from mgm.checkpoint import build_model, read_config, save_full
+from mgm.checkpoint import build_model, read_config, save_full, stored_dtype
 from mgm.errors import InputError
-from mgm.lora import load_lora, merge_lora
+from mgm.files import read_json
+from mgm.lora import ADAPTER_CONFIG, load_lora, merge_lora
+from mgm.part_folders import CLIP_FIELD, CONVNEXT_FIELD, LANGUAGE_FIELD, find_part
 from mgm.program import run_program
 from mgm.progress import Progress
 from mgm.settings import parse_settings
+from mgm.tokenizer_files import TOKENIZER_CONFIG
 
 
 @dataclass(frozen=True)
@@ -29,10 +33,12 @@ class MergeSettings:
     """What to merge, and where to write it."""
 
     adapter: Path = field(metadata={"help": "LoRA folder of the second stage"})
-    language_model: Path = field(metadata={"help": "Gemma folder that the adapters were made for"})
-    vision_tower: Path = field(metadata={"help": "CLIP folder"})
-    high_resolution_tower: Path = field(metadata={"help": "ConvNeXt folder"})
     output: Path = field(metadata={"help": "folder to write; must not hold a model yet"})
+    language_model: Path | None = field(
+        default=None, metadata={"help": "Gemma folder that the adapters were made for"}
+    )
+    vision_tower: Path | None = field(default=None, metadata={"help": "CLIP folder"})
+    high_resolution_tower: Path | None = field(default=None, metadata={"help": "ConvNeXt folder"})
     dtype: Literal["float32", "bfloat16", "float16"] = field(
         default="bfloat16", metadata={"help": "precision of the written weights"}
     )
@@ -58,35 +64,53 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def merge(settings: MergeSettings, progress: Progress) -> None:
     """Load the parts and the adapters, merge, and write the full folder.
 
-    The merge itself is done in float32, so that small updates are not lost before they are added.
+    Updates are added in float32 and rounded once, so that small ones are not lost before.
 
     Raises:
-        InputError: If a folder does not fit, or the output already holds a model.
+        InputError: If a folder is missing or does not fit, or the output already holds a model.
     """
-    if (settings.output / "config.json").exists():
+    if (settings.output.expanduser() / "config.json").exists():
         raise InputError(
             "Output exists", f"{settings.output} holds a model already", "Give a new folder."
         )
     progress.update(step=0, total=2, unit="parts", label="load")
+    language, vision, high_resolution = _parts(settings)
+    tokenizer = _load_tokenizer(settings.adapter, language)
+    target: torch.dtype = getattr(torch, settings.dtype)
+    # A base of the written precision is merged as it is: float32 would take twice the memory.
+    dtype = target if stored_dtype(language) == target else torch.float32
     config = read_config(settings.adapter)
-    model = build_model(
-        config, settings.language_model, settings.vision_tower, settings.high_resolution_tower
-    )
+    model = build_model(config, language, vision, high_resolution, dtype)
+    # The file holds them in the precision that they were trained in.
+    for module in (model.projector, model.mining):
+        module.float()
     load_lora(model, settings.adapter)
     merge_lora(model)
     progress.update(step=1, total=2, unit="parts", label="write")
-    model.to(getattr(torch, settings.dtype))
-    save_full(model, settings.output, _load_tokenizer(settings))
+    save_full(model, settings.output, tokenizer, dtype=target)
     progress.update(step=2, total=2, unit="parts", label="write")
 
 
-def _load_tokenizer(settings: MergeSettings) -> AutoTokenizer:
-    for folder in (settings.adapter, settings.language_model):
-        if (folder / "tokenizer_config.json").is_file():
+def _parts(settings: MergeSettings) -> tuple[Path, Path, Path]:
+    """Return the folders of the language model, of CLIP and of ConvNeXt."""
+    adapter = settings.adapter.expanduser()
+    base = str(read_json(adapter / ADAPTER_CONFIG).get(LANGUAGE_FIELD) or "")
+    config = read_config(adapter)
+    clip, convnext = config.vision_tower_path, config.high_resolution_tower_path
+    return (
+        find_part(LANGUAGE_FIELD, base, settings.language_model, adapter),
+        find_part(CLIP_FIELD, clip, settings.vision_tower, adapter),
+        find_part(CONVNEXT_FIELD, convnext, settings.high_resolution_tower, adapter),
+    )
+
+
+def _load_tokenizer(adapter: Path, language_model: Path) -> PreTrainedTokenizerBase:
+    for folder in (adapter.expanduser(), language_model):
+        if (folder / TOKENIZER_CONFIG).is_file():
             return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
     raise InputError(
         "No tokenizer",
-        f"tokenizer_config.json is neither in {settings.adapter} nor {settings.language_model}",
+        f"{TOKENIZER_CONFIG} is neither in {adapter} nor {language_model}",
         "Copy the tokenizer's files into the language model's folder.",
     )
 

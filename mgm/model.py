@@ -23,6 +23,7 @@ from transformers import GemmaConfig, GemmaForCausalLM
 
 from mgm.config import ModelConfig
 from mgm.errors import InputError
+from mgm.mining import mine
 from mgm.vision import HighResolutionTower, VisionTower, fuse_stages, low_resolution_views
 
 IMAGE_TOKEN_ID = -200
@@ -127,12 +128,13 @@ class PatchInfoMining(nn.Module):
         self.value = NormedLinear(high_width, width)
         self.reassociated = reassociated
 
-    def forward(self, low: Tensor, fused: Tensor) -> Tensor:
+    def forward(self, low: Tensor, maps: Tensor | Sequence[Tensor]) -> Tensor:
         """Return the detail mined for each token, without the residual.
 
         Args:
             low: (B, N, D), tokens in row-major order.
-            fused: (B, C, H, H), H a multiple of sqrt(N).
+            maps: The fused map (B, C, H, H), H a multiple of sqrt(N), or the stages that it is
+                made of. Reassociated, stages are read at their own sizes, and get no gradient.
 
         Returns:
             (B, N, D).
@@ -140,6 +142,9 @@ class PatchInfoMining(nn.Module):
         Raises:
             ValueError: If H is not a multiple of sqrt(N) or N is not a square.
         """
+        if not isinstance(maps, Tensor) and self.reassociated:
+            return mine(self, low, maps)
+        fused = maps if isinstance(maps, Tensor) else fuse_stages(maps)
         windows = cut_windows(fused, low.shape[1])  # (B, N, M, C)
         query: Tensor = self.query(low)
         if self.reassociated:
@@ -273,6 +278,11 @@ class MGM(nn.Module):
         """The dtype of the language model."""
         return cast(torch.dtype, self.language_model.lm_head.weight.dtype)
 
+    @property
+    def tower_dtype(self) -> torch.dtype:
+        """The dtype of the frozen towers."""
+        return cast(torch.dtype, self.vision_tower.clip.embeddings.patch_embedding.weight.dtype)
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Move or cast, keeping the rotary frequencies and the embedding's factor in float32.
 
@@ -322,11 +332,10 @@ class MGM(nn.Module):
         weights = self.mining.query.linear.weight.dtype
         # The map is by far the largest tensor here, so autocast's precision applies from the start.
         features = features.to(dtype=torch.get_autocast_dtype(kind) if is_autocast else weights)
-        fused = fuse_stages(features.stages)  # (I, C, H, H)
-        if self.config.image_grid == 1:
-            tokens = features.low + self.mining(features.low, fused)
+        if self.config.image_grid > 1:
+            tokens = self._mine_views(features.low, fuse_stages(features.stages))
         else:
-            tokens = self._mine_views(features.low, fused)
+            tokens = features.low + self.mining(features.low, features.stages)
         rows: Tensor = self.projector(tokens)
         return rows
 

@@ -62,6 +62,16 @@ def published_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {published_name(name): value for name, value in model.named_parameters()}
 
 
+def vision_module_name(name: str) -> str | None:
+    """Return the published name of a projector, mining or CLIP tensor, whatever stands before it.
+
+    Trainers and wrappers put `module.`, `base_model.model.` or nothing before the part's name.
+    Returns None for any other tensor.
+    """
+    part = re.search(r"(mm_projector|vlm_uni_\w+?_projector|vision_tower\.vision_tower)\.", name)
+    return None if part is None else "model." + name[part.start() :]
+
+
 def is_multimodal(published: str) -> bool:
     """Whether a published name belongs to the projector, the mining or a tower."""
     return published.startswith(("model.mm_projector.", "model.vlm_uni_", "model.vision_tower"))

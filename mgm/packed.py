@@ -243,7 +243,7 @@ def _linears(
         return results
     dropped = F.dropout(inputs, choices.lora_dropout, training)
     low = F.linear(dropped, torch.cat(downs).to(inputs.dtype)) * choices.lora_scale
-    lows = low.split([len(down) for down in downs], -1)  # each (T, rank)
+    lows = torch.split(low, [len(down) for down in downs], -1)  # each (T, rank)
     ups = (part.up for part in parts if part.up is not None)
     # Added in float32, which keeps the compiler from copying the wide result for a product in place.
     return [

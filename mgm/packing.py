@@ -10,8 +10,8 @@ N tokens of one picture.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -58,6 +58,23 @@ class PackedRow:
     pictures: tuple[int, ...]
     indices: tuple[int, ...]
     """Records of the row, in order."""
+
+    def mapped(self, change: Callable[[Tensor], Tensor]) -> PackedRow:
+        """Return the row with every tensor changed: pinned, or on another device."""
+        return replace(
+            self,
+            ids=change(self.ids),
+            segments=replace(
+                self.segments,
+                bounds=change(self.segments.bounds),
+                positions=change(self.segments.positions),
+            ),
+            image_places=change(self.image_places),
+            image_rows=None if self.image_rows is None else change(self.image_rows),
+            label_places=change(self.label_places),
+            targets=change(self.targets),
+            weights=change(self.weights),
+        )
 
 
 def make_sample(
@@ -118,9 +135,7 @@ def _spread(longest_first: Sequence[Sample], count: int) -> list[list[Sample]]:
     return rows
 
 
-def packed_row(
-    samples: Sequence[Sample], tokens_of_picture: int, device: torch.device | str = "cpu"
-) -> PackedRow:
+def packed_row(samples: Sequence[Sample], tokens_of_picture: int) -> PackedRow:
     """Lay samples end to end, with a tail up to an even length."""
     ids: list[int] = []
     image_places: list[Tensor] = []
@@ -152,13 +167,13 @@ def packed_row(
     places, targets, weights = zip(*labels, strict=True) if labels else ((), (), ())
     none = torch.zeros(0, dtype=torch.long)
     return PackedRow(
-        torch.tensor(ids, device=device),
-        Segments.of(lengths, device),
-        (torch.cat(image_places) if image_places else none).to(device),
-        torch.cat(image_rows).to(device) if is_cut else None,
-        torch.tensor(places, dtype=torch.long, device=device),
-        torch.tensor(targets, dtype=torch.long, device=device),
-        torch.tensor(weights, dtype=torch.float32, device=device),
+        torch.tensor(ids),
+        Segments.of(lengths),
+        torch.cat(image_places) if image_places else none,
+        torch.cat(image_rows) if is_cut else None,
+        torch.tensor(places, dtype=torch.long),
+        torch.tensor(targets, dtype=torch.long),
+        torch.tensor(weights, dtype=torch.float32),
         tuple(pictures),
         tuple(sample.index for sample in samples),
     )

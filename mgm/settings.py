@@ -156,7 +156,7 @@ def _convert_to(value: Any, kind: Any) -> Any:
         raise TypeError
     if kind in (str, Path) and not isinstance(value, str | int | float):
         raise TypeError
-    return kind(value)
+    return Path(value).expanduser() if kind is Path else kind(value)
 
 
 def _spell(kind: Any) -> str:

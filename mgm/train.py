@@ -7,6 +7,7 @@
 Pretraining trains projector and mining on captions; finetuning continues with them and the language
 model, in full or by LoRA. An unfinished output folder with the same settings is continued: after
 `kill -9` the final weights are those of an undisturbed run. `train_state.json` is written last.
+Started by `torchrun` or `deepspeed`, several processes share the work of each step.
 Exit codes are those of `mgm.program`.
 
 Source of the procedure: the Better Synth kit's training scripts and the trainer behind them; the
@@ -17,10 +18,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
+import shutil
 import signal
 import sys
+import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from types import FrameType
 
@@ -38,25 +41,28 @@ from mgm.checkpoint import (
 )
 from mgm.config import ModelConfig
 from mgm.data import InstructionDataset
-from mgm.engine import LocalEngine
+from mgm.distributed import ALONE, Group, LostProcess, joined, place
+from mgm.engine import Engine, LocalEngine
 from mgm.errors import InputError
 from mgm.execution import Execution, PackedExecution, PaddedExecution
-from mgm.features import PictureFeatures
+from mgm.fast_vision import FastTowers
+from mgm.features import PictureFeatures, Towers
 from mgm.files import read_json, write_json
 from mgm.model import MGM, init_vision_modules
+from mgm.original_logs import write_original_logs
 from mgm.packed import PackedLanguage
-from mgm.program import EXIT_INTERRUPTED, EXIT_TERMINATED, run_program
+from mgm.pass_size import pass_size
+from mgm.program import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_TERMINATED, run_program
 from mgm.progress import Progress
 from mgm.settings import parse_settings
 from mgm.train_settings import TrainSettings, stage_defaults
-from mgm.trainer import Order, Trainer
+from mgm.trainer import METRICS_FILE, Order, Trainer
 from mgm.training_state import TrainingState, load_state
 
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt")
 """Large files: their size and time stand for their content."""
-DEFAULT_TOKENS = 4864
-"""Positions of a pass where nobody says otherwise: eight captions with their pictures."""
 FINISHED_FILE = "train_state.json"
+_SAME_SIGNAL_SECONDS = 5.0
 UNLABELLED_SHARE = 0.01
 """More records than this without a label are refused: the template does not fit the data."""
 
@@ -84,6 +90,7 @@ def prepare_model(settings: TrainSettings) -> tuple[MGM, PreTrainedTokenizerBase
         settings.vision_tower,
         settings.high_resolution_tower,
         dtype,
+        _device(settings),
     )
     init_vision_modules(model, settings.seed)
     if settings.projector is not None:
@@ -115,12 +122,26 @@ def unfreeze(model: MGM, settings: TrainSettings) -> None:
             parameter.data = parameter.data.float()
 
 
+def uses_deepspeed(settings: TrainSettings) -> bool:
+    """Whether DeepSpeed holds gradients and optimizer."""
+    return settings.deepspeed != "none" or settings.deepspeed_config is not None
+
+
+def fast_towers(model: MGM, settings: TrainSettings) -> Towers | None:
+    """Return the fast way to run the towers where the settings allow it, else None."""
+    is_fast = settings.numerics == "fast" and model.device.type == "cuda"
+    if not is_fast or model.config.has_drop_path:
+        return None
+    return FastTowers(model, compiled=settings.compile != "never")
+
+
 def make_trainer(
     model: MGM,
     dataset: InstructionDataset,
     features: PictureFeatures,
     settings: TrainSettings,
     order: Order | None = None,
+    group: Group = ALONE,
 ) -> Trainer:
     """Put together the execution and the engine that the settings ask for."""
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
@@ -130,16 +151,32 @@ def make_trainer(
         compiled = settings.compile == "always" or (
             settings.compile == "auto" and model.device.type == "cuda"
         )
+        tokens, recomputed = _common_pass_size(model, settings, group)
         language = PackedLanguage(
-            model.language_model,
-            compiled=compiled,
-            recomputed_layers=max(0, settings.recomputed_layers),
+            model.language_model, compiled=compiled, recomputed_layers=recomputed
         )
-        budget = settings.tokens_per_pass or DEFAULT_TOKENS
-        execution = PackedExecution(model, dataset, features, dtype, budget, language)
+        execution = PackedExecution(model, dataset, features, dtype, tokens, language)
     else:
         execution = PaddedExecution(model, dataset, features, dtype, settings.micro_batch_size)
-    return Trainer(execution, LocalEngine(trained, settings), settings, order)
+    engine: Engine
+    if uses_deepspeed(settings):
+        from mgm.deepspeed_engine import DeepSpeedEngine
+
+        engine = DeepSpeedEngine(execution, trained, settings, group)
+    else:
+        engine = LocalEngine(trained, settings, group)
+    return Trainer(execution, engine, settings, order, group)
+
+
+def _common_pass_size(model: MGM, settings: TrainSettings, group: Group) -> tuple[int, int]:
+    """Return positions of a pass and recomputed layers that fit every process's memory.
+
+    All processes cut a step into the same passes, or some samples would be left out.
+    """
+    with group.together():
+        own = pass_size(model, settings)
+    negated, recomputed = group.largest([-own.tokens, own.recomputed_layers])
+    return int(-negated), int(recomputed)
 
 
 def train(settings: TrainSettings, progress: Progress) -> None:
@@ -151,46 +188,95 @@ def train(settings: TrainSettings, progress: Progress) -> None:
     """
     if settings.threads:
         torch.set_num_threads(settings.threads)
-    _refuse_several_processes()
-    digest = _digest(settings)
-    if _is_finished(settings.output / FINISHED_FILE, digest):
-        return
+    with joined(_device(settings), is_needed=uses_deepspeed(settings)) as group:
+        stopped = _train(settings, progress, group)
+    if stopped is not None:
+        raise SystemExit(EXIT_TERMINATED if stopped == signal.SIGTERM else EXIT_INTERRUPTED)
+
+
+def _train(settings: TrainSettings, progress: Progress, group: Group) -> int | None:
+    """Train as one of a group's processes; return the signal that stopped it before its end."""
+    with group.together():
+        digest = _digest(settings)
+        is_finished = group.is_first and _is_finished(settings.output / FINISHED_FILE, digest)
+    if group.any(is_finished):
+        return None
     progress.update(step=0, total=0, unit="steps", label="loading weights")
+    with group.together():
+        model, tokenizer, dataset, features = _prepare(settings, progress)
+    trainer = make_trainer(model, dataset, features, settings, group=group)
+    torch.manual_seed(settings.data_seed + group.rank)
+    state = _resume(trainer, group.text_of(0, digest))
+    settings.output.mkdir(parents=True, exist_ok=True)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, _stopper(trainer))
+    if not trainer.run(state, progress):
+        return trainer.stop_signal
+    with trainer.engine.whole_weights():
+        if group.is_first:
+            save_weights(model, tokenizer, settings)
+            metrics = settings.output / METRICS_FILE
+            write_original_logs(settings, metrics, len(dataset), state)
+            _write_finished(settings, dataset, state)
+    return None
+
+
+def _prepare(
+    settings: TrainSettings, progress: Progress
+) -> tuple[MGM, PreTrainedTokenizerBase, InstructionDataset, PictureFeatures]:
     model, tokenizer = prepare_model(settings)
     dataset = InstructionDataset(
         settings.data, settings.images, tokenizer, model_max_length=settings.model_max_length
     )
     _refuse_unlabelled(dataset)
     model.train()
-    features = PictureFeatures(model, dataset, settings.workers, settings.image_aspect_ratio)
+    features = PictureFeatures(
+        model,
+        dataset,
+        settings.workers,
+        settings.image_aspect_ratio,
+        fast_towers(model, settings),
+    )
     if settings.cache_features:
         features.cache(progress)
-    trainer = make_trainer(model, dataset, features, settings)
-    torch.manual_seed(settings.data_seed)
-    state = load_state(settings.output / "state", digest, trainer.engine)
-    settings.output.mkdir(parents=True, exist_ok=True)
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, _stopper(trainer))
-    if not trainer.run(state, progress):
-        raise SystemExit(
-            EXIT_TERMINATED if trainer.stop_signal == signal.SIGTERM else EXIT_INTERRUPTED
-        )
-    save_weights(model, tokenizer, settings)
-    _write_finished(settings, dataset, state)
+    return model, tokenizer, dataset, features
+
+
+def _resume(trainer: Trainer, digest: str) -> TrainingState:
+    """Take up the saved state, if there is one, by all processes alike.
+
+    Raises:
+        InputError: If the processes would train different things.
+    """
+    group, engine = trainer.group, trainer.engine
+    with nullcontext() if engine.exchanges_in_passes else group.together():
+        state = load_state(trainer.settings.output / "state", digest, engine, group)
+    if group.size > 1:
+        weights = sum(p.detach().double().sum() for p in engine.trained.values())
+        seen = {
+            "records": len(trainer.dataset),
+            "tokens": sum(len(one.input_ids) for one in trainer.dataset.encoded),
+            "sum of the trained weights": float(weights),
+            "steps done": state.step,
+        }
+        hint = "every machine needs the same weights, data and pictures, and one output folder"
+        group.require_same(seen, hint)
+    return state
 
 
 def save_weights(model: MGM, tokenizer: PreTrainedTokenizerBase, settings: TrainSettings) -> None:
     """Write what the stage made, under the published names."""
     model.eval()
+    dtype: torch.dtype = getattr(torch, settings.dtype)
     if settings.method == "projector":
-        save_projector(model, settings.output / PROJECTOR_FILE)
-        config = {**model.config.to_mgm_config(), "tune_mm_mlp_adapter": True}
+        save_projector(model, settings.output / PROJECTOR_FILE, dtype)
+        config = model.config.to_mgm_config(torch_dtype=settings.dtype, is_pretraining=True)
         write_json(settings.output / "config.json", config)
         write_json(settings.output / "towers.json", model.config.to_towers())
     elif settings.method == "lora":
         save_lora(model, settings.output, str(settings.language_model))
     else:
-        save_full(model, settings.output, tokenizer)
+        save_full(model, settings.output, tokenizer, dtype=dtype)
 
 
 def _write_finished(
@@ -214,9 +300,7 @@ def _write_finished(
         "settings": settings.what_decides_the_result(),
     }
     write_json(settings.output / FINISHED_FILE, content)
-    for path in (settings.output / "state").glob("*"):
-        path.unlink()
-    (settings.output / "state").rmdir()
+    shutil.rmtree(settings.output / "state")
 
 
 def _refuse_unlabelled(dataset: InstructionDataset) -> None:
@@ -240,7 +324,7 @@ def _digest(settings: TrainSettings) -> str:
     """Return what the result depends on: settings, data and weights; pictures by their names only."""
     digest = hashlib.sha256(json.dumps(settings.what_decides_the_result(), sort_keys=True).encode())
     parts = [settings.data, settings.projector, settings.language_model]
-    parts += [settings.vision_tower, settings.high_resolution_tower]
+    parts += [settings.vision_tower, settings.high_resolution_tower, settings.deepspeed_config]
     for part in parts:
         if part is None or not part.exists():
             continue
@@ -271,22 +355,20 @@ def _is_finished(path: Path, digest: str) -> bool:
     return True
 
 
-def _refuse_several_processes() -> None:
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise InputError(
-            "Several processes",
-            f"WORLD_SIZE = {os.environ['WORLD_SIZE']}",
-            "this program trains in one process; start it without a launcher",
-        )
-
-
 def _stopper(trainer: Trainer) -> Callable[[int, FrameType | None], None]:
-    """Return a handler that lets the step at work finish; a second signal ends at once."""
+    """Return a handler that lets the step at work finish; a second signal ends at once.
+
+    A launcher passes on a signal that its processes may have got already, so of several processes
+    each takes signals that follow soon for the same one.
+    """
+    since = 0.0
 
     def stop(number: int, frame: FrameType | None) -> None:
-        if trainer.stop_signal is not None:
+        nonlocal since
+        if trainer.stop_signal is None:
+            trainer.stop_signal, since = number, time.monotonic()
+        elif trainer.group.size == 1 or time.monotonic() - since > _SAME_SIGNAL_SECONDS:
             raise SystemExit(128 + number)
-        trainer.stop_signal = number
 
     return stop
 
@@ -301,17 +383,24 @@ def _device(settings: TrainSettings) -> torch.device:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the program and return its exit code."""
-    return run_program(
-        lambda: parse_settings(
-            TrainSettings,
-            arguments,
-            program="python -m mgm.train",
-            description=__doc__ or "",
-            defaults=stage_defaults,
-        ),
-        lambda settings: settings.progress,
-        train,
-    )
+    given = sys.argv[1:] if arguments is None else arguments
+    # DeepSpeed's launcher adds this flag to what the environment says already.
+    flags = [text for text in given if not text.startswith("--local_rank=")]
+    try:
+        return run_program(
+            lambda: parse_settings(
+                TrainSettings,
+                flags,
+                program="python -m mgm.train",
+                description=__doc__ or "",
+                defaults=stage_defaults,
+            ),
+            lambda settings: settings.progress if place().rank == 0 else None,
+            train,
+        )
+    except LostProcess as error:
+        print(error, file=sys.stderr)
+        return EXIT_FAILED
 
 
 if __name__ == "__main__":

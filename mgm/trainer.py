@@ -1,7 +1,8 @@
 """The loop over optimizer steps: which samples, in what passes, and what is written about them.
 
 Knows executions (how samples go through the model) and engines (how gradients become a step) by
-their interfaces only. A step that runs out of memory is repeated in smaller passes.
+their interfaces only. A step that runs out of memory is repeated in smaller passes. Of several
+processes each computes some of a step's passes; the step is the same, whatever their number.
 """
 
 from __future__ import annotations
@@ -9,12 +10,16 @@ from __future__ import annotations
 import gc
 import json
 import math
+import signal
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
+from mgm.distributed import ALONE, Group
 from mgm.engine import Engine
 from mgm.errors import InputError
 from mgm.execution import Execution, Pass
@@ -38,6 +43,7 @@ class Trainer:
         engine: Of what is trained.
         settings: Of the stage.
         order: Samples of each epoch; None follows the settings.
+        group: The processes that train together.
     """
 
     def __init__(
@@ -46,12 +52,14 @@ class Trainer:
         engine: Engine,
         settings: TrainSettings,
         order: Order | None = None,
+        group: Group = ALONE,
     ) -> None:
         self.model = execution.model
         self.dataset = execution.dataset
         self.execution = execution
         self.engine = engine
         self.settings = settings
+        self.group = group
         self.order = order or self._order
         total = settings.total_steps(len(self.dataset))
         self.schedule = Schedule(total, settings.warmup_ratio)
@@ -63,10 +71,11 @@ class Trainer:
         settings, total = self.settings, self.schedule.total_steps
         self.model.train()
         metrics = settings.output / METRICS_FILE
-        _keep_lines(metrics, state.step // settings.logging_steps)
+        if self.group.is_first:
+            _keep_lines(metrics, state.step // settings.logging_steps)
         started, samples_before = time.monotonic(), state.samples_seen
         seconds_before = state.seconds
-        while state.step < total and self.stop_signal is None:
+        while state.step < total and not self._must_stop():
             loss, norm, rate = self.step(state, progress)
             state.seconds = seconds_before + time.monotonic() - started
             if state.step % settings.logging_steps == 0 or state.step == total:
@@ -79,9 +88,19 @@ class Trainer:
         self.save(state)
         return state.step == total
 
+    def _must_stop(self) -> bool:
+        """Whether any process was told to stop; from then on every one of them was."""
+        own = self.stop_signal or (signal.SIGTERM if self.group.is_orphaned else 0)
+        told = int(self.group.largest([own])[0])
+        if told:  # never forgotten: a signal may have come while the others were asked
+            self.stop_signal = told
+        return told > 0
+
     def _report(
         self, metrics: Path, step: int, speed: float, values: dict[str, float], progress: Progress
     ) -> None:
+        if not self.group.is_first:
+            return
         progress.update(
             step=step,
             total=self.schedule.total_steps,
@@ -100,12 +119,14 @@ class Trainer:
 
     def save(self, state: TrainingState) -> None:
         """Write the state to resume from."""
-        save_state(self.settings.output / "state", state, self.engine)
+        save_state(self.settings.output / "state", state, self.engine, self.group)
 
     def step(
         self, state: TrainingState, progress: Progress | None = None
     ) -> tuple[float, float, float]:
         """Do one optimizer step and return its loss, gradient norm and the next step's rate.
+
+        Every process does the step together with the others, and returns the same.
 
         Raises:
             InputError: If the loss or the gradient is not a number, naming step and records; or
@@ -116,34 +137,66 @@ class Trainer:
         while (done := self._accumulate(micro_batches)) is None:
             self._shrink(state, progress)
         norm = float(self.engine.gradient_norm())
-        values: list[float] = torch.stack([loss for _, loss in done]).tolist()
-        self._check(values, norm, [one for one, _ in done], state.step)
+        values: list[float] = torch.stack([loss for _, loss in done]).tolist() if done else []
+        with self.group.together():
+            self._check(values, norm, [one for one, _ in done], state.step)
+        loss = self.group.total(sum(values))
         self.engine.step()
         state.step += 1
         state.samples_seen += sum(len(one) for one in micro_batches)
         state.unlabelled_micro_batches += self._unlabelled(micro_batches)
-        state.losses.append(sum(values))
+        state.losses.append(loss)
         rate = self.engine.set_rate(self.schedule.factor(state.step))
-        return sum(values), norm, rate
+        return loss, norm, rate
 
     def _accumulate(
         self, micro_batches: Sequence[Sequence[int]]
     ) -> list[tuple[Pass, torch.Tensor]] | None:
-        """Add up the gradients of a step; return the passes and losses, None when out of memory."""
+        """Add up the gradients of this process's passes; return them with their losses.
+
+        Returns None when any process ran out of memory.
+        """
         self.engine.zero()
-        passes = self.execution.passes(micro_batches, self.settings.accumulation_steps)
+        passes = self._own_passes(micro_batches)
         done = []
-        try:
-            for number, one in enumerate(passes):
-                self.execution.features.announce(
-                    picture for later in passes[number:] for picture in later.pictures
-                )
-                loss = self.execution.loss(one)
-                self.engine.backward(loss)
-                done.append((one, loss.detach().float()))
-        except torch.OutOfMemoryError:
-            return None
-        return done
+        is_out = False
+        with self._errors_shared():
+            try:
+                for number, one in enumerate(passes):
+                    self.execution.features.announce(
+                        picture for later in passes[number:] for picture in later.pictures
+                    )
+                    for near in passes[number : number + 2]:
+                        self.execution.expect(near)
+                    loss = self.engine.loss(self.execution, one)
+                    self.engine.backward(loss, is_last=number + 1 == len(passes))
+                    done.append((one, loss.detach().float()))
+            except torch.OutOfMemoryError as error:
+                if self.engine.exchanges_in_passes:
+                    raise _out_of_memory() from error
+                is_out = True
+        return None if self.group.any(is_out) else done
+
+    def _own_passes(self, micro_batches: Sequence[Sequence[int]]) -> list[Pass]:
+        """Return this process's share of a step's passes; the shares make up the whole step."""
+        accumulation, size = self.settings.accumulation_steps, self.group.size
+        passes = self.execution.passes(micro_batches, accumulation, size)
+        if self.engine.exchanges_in_passes:
+            passes = [one for one in passes if one.num_labels] or [self._any_pass()]
+            passes += [_silent(passes[-1])] * (-len(passes) % size)
+        return passes[self.group.rank :: size]
+
+    def _any_pass(self) -> Pass:
+        """Return a pass that has a gradient and weighs nothing, for a step without labels."""
+        for index in range(len(self.dataset)):
+            [one] = self.execution.passes([[index]], 1)
+            if one.num_labels:
+                return _silent(one)
+        raise InputError("Records teach nothing", f"{self.dataset.path}: no record has a label")
+
+    def _errors_shared(self) -> AbstractContextManager[None]:
+        # Where passes exchange gradients, the others are waiting inside one and would not listen.
+        return nullcontext() if self.engine.exchanges_in_passes else self.group.together()
 
     def _shrink(self, state: TrainingState, progress: Progress | None) -> None:
         """Make passes smaller after a step that did not fit, and keep a record of it."""
@@ -154,6 +207,8 @@ class Trainer:
             torch.cuda.empty_cache()
         change = self.execution.halve()
         state.out_of_memory.append({"step": state.step + 1, "then": change})
+        if not self.group.is_first:
+            return
         print(f"out of memory at step {state.step + 1}: going on with {change}", flush=True)
         if progress is not None:
             progress.update(
@@ -197,12 +252,21 @@ class Trainer:
         seed = self.settings.data_seed + epoch
         if not self.settings.group_by_modality_length:
             return shuffled_order(len(self.dataset), seed)
+        generator = torch.Generator().manual_seed(seed)
+        # The original's data loader draws a seed for its workers before the sampler starts.
+        torch.empty((), dtype=torch.int64).random_(generator=generator)
         return grouped_order(
             self.dataset.modality_lengths(),
             self.settings.micro_batch_size,
             self.settings.accumulation_steps,
-            torch.Generator().manual_seed(seed),
+            generator,
         )
+
+
+def _silent(one: Pass) -> Pass:
+    """Return a pass with the same gradients in shape, all of them zero."""
+    samples = tuple(replace(sample, weight=0.0) for sample in one.samples)
+    return replace(one, scale=0.0, samples=samples)
 
 
 def _keep_lines(path: Path, count: int) -> None:
@@ -210,6 +274,15 @@ def _keep_lines(path: Path, count: int) -> None:
     if path.exists():
         lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
         path.write_text("".join(lines[:count]), encoding="utf-8")
+
+
+def _out_of_memory() -> InputError:
+    return InputError(
+        "Out of memory",
+        "a pass does not fit into the accelerator's memory",
+        "DeepSpeed cannot repeat it in parts: lower micro_batch_size, or with numerics = fast "
+        "tokens_per_pass, or choose zero3 or zero2-offload",
+    )
 
 
 def _not_a_number(what: str, value: float, step: int, record_ids: Sequence[str]) -> InputError:

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
+from mgm.distributed import ALONE, Group
 from mgm.engine import Engine
 from mgm.errors import InputError
 
@@ -36,26 +36,33 @@ class TrainingState:
     """Steps that did not fit, and how training went on."""
 
 
-def save_state(folder: Path, state: TrainingState, engine: Engine) -> None:
+def save_state(folder: Path, state: TrainingState, engine: Engine, group: Group = ALONE) -> None:
     """Write the state so that a crash leaves the previous one or this one."""
     folder.mkdir(parents=True, exist_ok=True)
+    cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
     content = {
         "state": dict(vars(state)),
-        "weights": {name: value.detach().cpu() for name, value in engine.trained.items()},
-        "optimizer": engine.state(),
-        "random": torch.get_rng_state(),
-        "random_cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "trained": list(engine.trained),
+        "engine": engine.state(folder, state.step),
+        "random": group.gathered(torch.get_rng_state()),
+        "random_cuda": [] if cuda is None else group.gathered(cuda),
     }
+    if not group.is_first:
+        return
     partial = folder / f"{STATE_FILE}.partial"
     with partial.open("wb") as target:
         torch.save(content, target)
         target.flush()
         os.fsync(target.fileno())
     partial.replace(folder / STATE_FILE)
+    engine.forget_older(folder, state.step)
 
 
-def load_state(folder: Path, digest: str, engine: Engine) -> TrainingState:
+def load_state(folder: Path, digest: str, engine: Engine, group: Group = ALONE) -> TrainingState:
     """Continue from a folder's state, or start anew when it has none.
+
+    Random states are taken up by as many processes as have saved them; with another number of
+    processes they start anew, which only dropout and drop path can tell.
 
     Raises:
         InputError: If the folder holds the state of another training.
@@ -65,18 +72,15 @@ def load_state(folder: Path, digest: str, engine: Engine) -> TrainingState:
         return TrainingState(digest)
     content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     state = TrainingState(**content["state"])
-    if state.digest != digest or content["weights"].keys() != engine.trained.keys():
+    if state.digest != digest or content["trained"] != list(engine.trained):
         raise InputError(
             "Another training was here",
             f"{path} belongs to other settings or other data",
             "choose another output folder, or remove this one",
         )
-    with torch.no_grad():
-        for name, parameter in engine.trained.items():
-            value: Tensor = content["weights"][name]
-            parameter.copy_(value)
-    engine.load_state(content["optimizer"])
-    torch.set_rng_state(content["random"])
-    if content["random_cuda"]:
-        torch.cuda.set_rng_state_all(content["random_cuda"])
+    engine.load_state(content["engine"], folder)
+    if len(content["random"]) == group.size:
+        torch.set_rng_state(content["random"][group.rank])
+        if content["random_cuda"] and torch.cuda.is_available():
+            torch.cuda.set_rng_state(content["random_cuda"][group.rank])
     return state

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import functools
 import json
-import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,11 +22,13 @@ from synth_agent.data import without_markers
 from synth_agent.data_keys import known_data_key
 from synth_agent.digests import Digests
 from synth_agent.duplicates import duplicates
-from synth_agent.errors import EXIT_OK, Busy, InvalidInput, SynthAgentError
+from synth_agent.errors import InvalidInput
 from synth_agent.overview import Overview, RecipeLine, Relations, StatisticDrift, StatisticLine
 from synth_agent.plan_retention import PlanRetention, plan_retention
+from synth_agent.recipe_order import install_advice, missing_packages
 from synth_agent.recipes import Recipe, list_recipes, operators_with_places
 from synth_agent.retention import Example, examples
+from synth_agent.stage_process import run_stage
 from synth_agent.statistics import (
     PICTURE_HASHES,
     SOURCES,
@@ -36,10 +37,8 @@ from synth_agent.statistics import (
     StatisticsTable,
     column_spec,
 )
-from synth_agent.workspace import Workspace, stage_environment
+from synth_agent.workspace import Workspace
 
-POLL_SECONDS = 0.2
-BUSY_TITLE = "An analysis is at work"
 TEXT_STATISTICS = (
     "text_length_filter",
     "words_num_filter",
@@ -87,6 +86,10 @@ def wanted_operators(
         if operator.name in SOURCES
     ]
     for name, parameters in (*standard, *used):
+        if missing := missing_packages(name, parameters):
+            why = f"needs {', '.join(missing)}; {'; '.join(map(install_advice, missing))}"
+            skipped.setdefault(name, Skipped(name, why))
+            continue
         try:
             spec = column_spec(name, parameters, lambda path: digests.path(workspace.path(path)))
         except InvalidInput as error:
@@ -120,50 +123,50 @@ def analyze(
     Raises:
         SynthAgentError: The program failed; scores that were made are kept.
     """
-    root = statistics_root(workspace)
-    root.mkdir(parents=True, exist_ok=True)
+    files = _analysis_files(statistics_root(workspace))
     logs = workspace.artifacts / "logs"
     logs.mkdir(parents=True, exist_ok=True)
-    files = {name: root / f"analysis.{name}.json" for name in ("operators", "report", "progress")}
-    for name in ("report", "progress"):
-        files[name].unlink(missing_ok=True)
     files["operators"].write_text(json.dumps(wanted), "utf-8")
-    data = workspace.settings.data
-    command = [sys.executable, "-m", "synth_agent.stages.analyze", "--statistics", str(root)]
-    command += ["--seed", str(workspace.path(data.seed))]
-    command += ["--images", str(workspace.path(data.images))]
-    # Small models lose more by threads that wait for each other than they gain.
-    command += ["--threads", str(workspace.settings.compute.threads or 1)]
-    command += [text for name, path in files.items() for text in (f"--{name}", str(path))]
+    command = _analysis_command(workspace, files)
     command += ["--retry-failed"] if retry_failed else []
-    log_file = logs / "analysis.log"
-    with log_file.open("ab") as log:
-        process = subprocess.Popen(
-            command,
-            cwd=workspace.root,
-            env=stage_environment(workspace),
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=log,
-        )
-        try:
-            error = _follow(process, files["progress"], report, is_cancelled)
-        finally:
-            if process.poll() is None:
-                process.terminate()
-                process.wait()
-    if not files["report"].exists() and is_cancelled():
-        return {"data_key": None, "num_samples": 0, "columns": []}
+    ended = run_stage(
+        workspace, command, files["progress"], logs / "analysis.log", report, is_cancelled
+    )
     if not files["report"].exists():
-        raise error or SynthAgentError(
-            "Analysis failed", f"exit code {process.returncode}", f"see {log_file}"
-        )
+        if is_cancelled():
+            return {"data_key": None, "num_samples": 0, "columns": []}
+        raise ended.error("Analysis failed")
+    if ended.told is not None and not ended.succeeded:
+        raise ended.told
     done: dict[str, Any] = json.loads(files["report"].read_text("utf-8"))
-    if error is not None and process.returncode != EXIT_OK:
-        raise error
     if not is_cancelled():
         _compare_with_evaluation_sets(workspace, report)
     return done
+
+
+def _analysis_files(root: Path) -> dict[str, Path]:
+    """Return the files that the program reads and writes besides the table, without an old report."""
+    root.mkdir(parents=True, exist_ok=True)
+    files = {name: root / f"analysis.{name}.json" for name in ("operators", "report", "progress")}
+    files["report"].unlink(missing_ok=True)
+    return files
+
+
+def _analysis_command(workspace: Workspace, files: Mapping[str, Path]) -> list[str]:
+    """Return the program that scores the seed set, with its arguments."""
+    data = workspace.settings.data
+    arguments: dict[str, object] = {
+        "statistics": statistics_root(workspace),
+        "seed": workspace.path(data.seed),
+        "images": workspace.path(data.images),
+        # Small models lose more by threads that wait for each other than they gain.
+        "threads": workspace.settings.compute.threads or 1,
+        **files,
+    }
+    command = [sys.executable, "-m", "synth_agent.stages.analyze"]
+    return command + [
+        text for name, value in arguments.items() for text in (f"--{name}", str(value))
+    ]
 
 
 def _compare_with_evaluation_sets(
@@ -332,52 +335,3 @@ def _cost(operator: str) -> int:
     if operator in SOURCES and SOURCES[operator].models:
         return 2
     return 1 if operator.startswith(("image", "picture")) else 0
-
-
-def _follow(
-    process: subprocess.Popen[bytes],
-    path: Path,
-    report: Callable[[Mapping[str, Any]], None],
-    is_cancelled: Callable[[], bool],
-) -> SynthAgentError | None:
-    """Report the program's progress until it ends; return the error that it told of."""
-    lines, error = _Lines(path), None
-    while True:
-        has_ended = _has_ended(process)
-        for record in lines.read():
-            if "error" not in record:
-                report(record)
-                continue
-            told = record["error"]
-            kind = Busy if told["title"] == BUSY_TITLE else SynthAgentError
-            error = kind(told["title"], told["message"], told["hint"])
-        if has_ended or is_cancelled():
-            return error
-
-
-def _has_ended(process: subprocess.Popen[bytes]) -> bool:
-    try:
-        process.wait(POLL_SECONDS)
-    except subprocess.TimeoutExpired:
-        return False
-    return True
-
-
-class _Lines:
-    """The complete JSON lines of a growing file."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._offset = 0
-
-    def read(self) -> Iterator[dict[str, Any]]:
-        """Yield the records that were added since the last call."""
-        if not self._path.exists():
-            return
-        with self._path.open("rb") as file:
-            file.seek(self._offset)
-            data = file.read()
-        end = data.rfind(b"\n") + 1
-        self._offset += end
-        for line in data[:end].splitlines():
-            yield json.loads(line)

@@ -29,9 +29,20 @@ examples:
   synth-agent compare 0001-baseline 0002-similarity
   synth-agent analyze                score every sample once
   synth-agent retention similarity   how many samples the recipe would keep, in an instant
+  synth-agent fit --card 24GiB       will the training fit, and how long will it take
   synth-agent samples similarity 1   what its first operator keeps and drops
   synth-agent check-data             missing and unreadable pictures of the seed set
   synth-agent convert seed.parquet seed.json --original stage_1.json
+"""
+
+FIT_EXAMPLES = """\
+examples:
+  synth-agent fit                        this machine's GPU, the whole seed set
+  synth-agent fit similarity             the samples that a recipe leaves
+  synth-agent fit --card 24GiB           a card that is not here, by its memory
+  synth-agent fit --card 'H100 80GiB'    with its name, by which measured rates are found
+
+Exit code 1 when a stage does not fit the card.
 """
 
 Command = Callable[[argparse.Namespace], int]
@@ -80,6 +91,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_reading(commands)
     _add_data(commands)
     _add_strategies(commands)
+    _add_fit(commands)
     _add_formats(commands)
     _add_operators(commands)
     return parser
@@ -193,6 +205,28 @@ def _add_strategies(commands: argparse._SubParsersAction[argparse.ArgumentParser
     )
     strategies.add_argument("--json", action="store_true")
     strategies.set_defaults(command=_strategies)
+
+
+def _add_fit(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    fit = commands.add_parser(
+        "fit",
+        help="will the training fit the GPU, and how long will it take",
+        description="Predict memory and time of both training stages. Nothing is run.",
+        epilog=FIT_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    fit.add_argument(
+        "recipe", nargs="?", help="recipe name, or a file (default: the whole seed set)"
+    )
+    fit.add_argument("--card", metavar="SIZE", help="plan for a card of this memory, as 24GiB")
+    fit.add_argument("--json", action="store_true")
+    fit.set_defaults(command=_fit)
+
+
+def _fit(options: argparse.Namespace) -> int:
+    from synth_agent.fit_command import fit
+
+    return fit(_open(options), options)
 
 
 def _add_data(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

@@ -42,6 +42,9 @@ def analyze(workspace: Workspace, options: argparse.Namespace) -> int:
     if options.operator:
         known = {name for name, _ in wanted}
         for name in options.operator:
+            for skip in skipped:
+                if name == skip.operator and name not in known:
+                    raise InvalidInput("Cannot be scored here", name, skip.why)
             if name not in known:
                 raise InvalidInput("Not an operator to score", repr(name), nearest(name, known))
         wanted = tuple(want for want in wanted if want[0] in options.operator)
@@ -56,7 +59,12 @@ def analyze(workspace: Workspace, options: argparse.Namespace) -> int:
         for column in report["columns"]:
             print(_column_line(column))
         narrate("see them with: synth-agent statistics")
-    return EXIT_FAILED if any(column["problem"] for column in report["columns"]) else EXIT_OK
+    # What is not on this machine is an error where it was asked for by name.
+    failed = any(
+        column["problem"] and (options.operator or not column["is_absent"])
+        for column in report["columns"]
+    )
+    return EXIT_FAILED if failed else EXIT_OK
 
 
 class _ProgressLines:

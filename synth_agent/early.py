@@ -2,7 +2,7 @@
 
 `early_verdict` gives the chance that a run's final score lands in the top half of the finished runs.
 The rule is fitted to finished runs and measured on runs that it did not see; with fewer than
-`LEAST_RUNS` it says so instead. `Starts` is the plan option that rests on it: start several
+`LEAST_RUNS` it says so instead. `early_verdicts` reads the runs of a workspace. `Starts` is the plan option that rests on it: start several
 initialisations, keep those of the lowest loss, stop the others. Pure functions.
 """
 
@@ -15,9 +15,16 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from synth_agent.runs import StageState
+from synth_agent.noise import replicate_key
+from synth_agent.runs import Run, StageState
+from synth_agent.wording import benchmark_name
 
 LEAST_RUNS = 8
+SHARES = (0.25, 0.5, 0.75, 1.0)
+"""Shares of the first stage at which a run is judged."""
+_FIRST_STAGE = "pretrain"
+_APART = ("seed", "compute")
+"""Settings in which runs may differ whose losses are compared."""
 _WINDOW = 0.05
 """Share of the stage over which the loss is averaged, backwards from where it is read."""
 _PENALTY = 0.5
@@ -173,6 +180,81 @@ def _chance(losses: Floats, is_top: NDArray[np.bool_], loss: float) -> float:
             break
     at = coefficients[0] + coefficients[1] * (loss - losses.mean()) / scale
     return float(1 / (1 + np.exp(-np.clip(at, -30, 30))))
+
+
+@dataclass(frozen=True)
+class RunVerdict:
+    """What a run's loss so far says of its score on one benchmark."""
+
+    benchmark: str
+    share: float
+    """Of the first stage, at which losses were compared, 0 to 1."""
+    verdict: EarlyVerdict
+    is_mixed: bool
+    """Whether runs of several recipes had to be compared."""
+
+    def words(self) -> str:
+        """Return it as one sentence, with how well the rule has done and what was mixed."""
+        mixed = "; recipes mixed: easier captions lower the loss whatever they teach"
+        return (
+            f"{benchmark_name(self.benchmark)}, loss at {100 * self.share:.0f} % of stage 1: "
+            f"{self.verdict.words()}{mixed if self.is_mixed else ''}"
+        )
+
+
+def share_reached(run: Run) -> float | None:
+    """Return the largest of `SHARES` that a run's first stage has come to, None before the first."""
+    stage = run.stages[_FIRST_STAGE]
+    done, total = stage.progress.get("step") or 0, stage.progress.get("total") or 0
+    reached = [share for share in SHARES if total and done >= share * total]
+    return next((share for share in reversed(reached) if loss_at(stage, share) is not None), None)
+
+
+def early_verdicts(run: Run, history: Sequence[Run]) -> tuple[RunVerdict, ...]:
+    """Judge a run by its loss so far, benchmark by benchmark.
+
+    Replicates of the run are its measure; where there are too few of them, all finished runs with
+    the same settings are, and the verdict says so. Benchmarks with fewer than `LEAST_RUNS` such
+    runs are left out: without a measured hit rate nothing is said.
+
+    Args:
+        run: A run whose first stage has begun.
+        history: Other runs of the workspace; finished ones with scores count.
+    """
+    share = share_reached(run)
+    if share is None:
+        return ()
+    loss = loss_at(run.stages[_FIRST_STAGE], share)
+    assert loss is not None
+    alike = [one for one in history if one.id != run.id and one.is_measured and _alike(run, one)]
+    key = replicate_key(run)
+    twins = [one for one in alike if key is not None and replicate_key(one) == key]
+    found = []
+    for benchmark in dict.fromkeys(name for one in alike for name in one.scores):
+        same, mixed = (_finished(runs, benchmark, share) for runs in (twins, alike))
+        is_mixed = len(same) < LEAST_RUNS
+        verdict = early_verdict(mixed if is_mixed else same, loss)
+        if verdict.measured is not None:
+            found.append(RunVerdict(benchmark, share, verdict, is_mixed))
+    return tuple(found)
+
+
+def _alike(run: Run, other: Run) -> bool:
+    """Tell whether two runs trained under the same settings."""
+    mine, theirs = run.plan.proposal.settings, other.plan.proposal.settings
+    names = (mine.keys() | theirs.keys()) - set(_APART)
+    return all(mine.get(name) == theirs.get(name) for name in names)
+
+
+def _finished(runs: Sequence[Run], benchmark: str, share: float) -> list[Finished]:
+    """Return loss and score of the runs that have both."""
+    scored = [run for run in runs if benchmark in run.scores]
+    losses = [loss_at(run.stages[_FIRST_STAGE], share) for run in scored]
+    return [
+        Finished(loss, run.scores[benchmark].percent)
+        for run, loss in zip(scored, losses, strict=True)
+        if loss is not None
+    ]
 
 
 @dataclass(frozen=True)

@@ -1,20 +1,30 @@
 """What a plan will take before it runs: samples and wall time, each with where it comes from.
 
 Estimates rest on what was measured: first on finished runs of this workspace, then on the reference
-figures of the mini world. Where nothing was measured the answer is "unknown", never a guess.
+figures of the mini world, and for training at the published sizes on rates of a card that was
+measured. Where nothing was measured the answer is "unknown", never a guess. What a plan takes of a
+GPU's memory is told by `training_fit`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from synth_agent.data import count_records
+from mgm.memory import TEXT_TOKENS
+from synth_agent.cards import Card
+from synth_agent.data import count_records, read_llava
 from synth_agent.data_keys import KEYS_NAME
 from synth_agent.effective import Effective, Ladder, Training, capped, effective, is_deduplicator
+from synth_agent.errors import InvalidInput
 from synth_agent.recipes import Recipe, steps_of
 from synth_agent.runs import STAGES, Cost, Run
+from synth_agent.training_fit import TRAINING_STAGES, machine_card, memory_words, model_config
+from synth_agent.wording import duration
 from synth_agent.workspace import Workspace
 
 if TYPE_CHECKING:
@@ -22,6 +32,39 @@ if TYPE_CHECKING:
 
 MINI_WORLD_SECONDS = {"process": 10.0, "pretrain": 55.0, "finetune": 20.0, "evaluate": 16.0}
 """Seconds of each stage of the demo on two 2.x GHz cores; see `benchmarks/results/`."""
+CHARACTERS_OF_TOKEN = 4.0
+"""Of English text under Gemma's tokenizer, about."""
+LARGEST_INSTRUCTIONS = 1 << 28
+"""Bytes of an instruction file that is still read for an estimate."""
+
+
+@dataclass(frozen=True)
+class Rate:
+    """How fast a method trained on a card, with `numerics: fast` in bfloat16."""
+
+    samples_per_second: float
+    positions: int
+    """Of a sample, its picture included."""
+
+
+MEASURED_RATES: Mapping[str, Mapping[str, Rate]] = {
+    "NVIDIA H100 80GB HBM3": {
+        "projector": Rate(75.0, 576 + TEXT_TOKENS["projector"]),
+        "lora": Rate(40.0, 576 + TEXT_TOKENS["lora"]),
+        "full": Rate(40.0, 576 + TEXT_TOKENS["full"]),
+    },
+}
+"""By card and by method. Source: `benchmarks/gpu.py`, whose tables are kept
+under `benchmarks/results/`."""
+
+
+@dataclass(frozen=True)
+class StageTime:
+    """How long a stage is expected to take."""
+
+    seconds: float | None
+    """None while nothing tells it."""
+    basis: str
 
 
 def count_samples(workspace: Workspace) -> int:
@@ -45,8 +88,11 @@ def estimate_cost(
     samples, samples_basis = _expected_samples(workspace, recipe, seed_samples, history)
     if samples is not None:
         samples = min(samples, int(settings["data"]["sample_cap"]))
-    seconds, seconds_basis = _expected_seconds(settings, history)
-    return Cost(seed_samples, samples, seconds, f"samples: {samples_basis}; time: {seconds_basis}")
+    seconds, seconds_basis = _expected_seconds(workspace, settings, history, samples)
+    basis = f"samples: {samples_basis}; time: {seconds_basis}"
+    if memory := memory_words(workspace, settings):
+        basis += f"; memory: {memory}"
+    return Cost(seed_samples, samples, seconds, basis)
 
 
 def expected_effective(
@@ -131,8 +177,31 @@ def _ladder(counted: PlanRetention) -> Ladder | None:
 
 
 def _expected_seconds(
-    settings: Mapping[str, Any], history: Sequence[Run]
+    workspace: Workspace, settings: Mapping[str, Any], history: Sequence[Run], samples: int | None
 ) -> tuple[float | None, str]:
+    seconds = measured_seconds(settings, history)
+    if len(seconds) == len(STAGES):
+        basis = "median of this workspace's runs"
+    elif settings["model"]["name"] == "mgm-mini":
+        seconds = {**MINI_WORLD_SECONDS, **seconds}
+        basis = "the mini world's reference figures for two cores"
+    else:
+        card = machine_card(workspace, settings)
+        times = training_times(workspace, settings, history, samples, card)
+        known = {stage: time for stage, time in times.items() if time.seconds is not None}
+        if len(known) < len(times) or len(seconds.keys() | known.keys()) < len(STAGES):
+            return None, "; ".join(("no run was timed on this machine yet", *_words(known)))
+        others = (_trained(settings, seconds, stage) for stage in STAGES if stage not in known)
+        total = sum(others) + sum(time.seconds or 0.0 for time in known.values())
+        return total, "; ".join(("median of this workspace's runs", *_words(known)))
+    total = sum(_trained(settings, seconds, stage) for stage in STAGES)
+    if settings["pretrain"].get("starts", 1) > 1:
+        basis += f"; {_starts_words(settings, seconds)}"
+    return total, basis
+
+
+def measured_seconds(settings: Mapping[str, Any], history: Sequence[Run]) -> dict[str, float]:
+    """Return the median seconds of each stage that runs under like settings have finished."""
     measured: dict[str, float] = {}
     for stage in STAGES:
         known = [
@@ -144,17 +213,115 @@ def _expected_seconds(
         ]
         if known:
             measured[stage] = median(known)
-    if len(measured) == len(STAGES):
-        basis = "median of this workspace's runs"
-    elif settings["model"]["name"] == "mgm-mini":
-        measured = {**MINI_WORLD_SECONDS, **measured}
-        basis = "the mini world's reference figures for two cores"
+    return measured
+
+
+def training_times(
+    workspace: Workspace,
+    settings: Mapping[str, Any],
+    history: Sequence[Run],
+    samples: int | None,
+    card: Card | None,
+) -> dict[str, StageTime]:
+    """Return the expected time of each training stage, of every start of the first.
+
+    Args:
+        workspace: Where instructions and the model's parts are.
+        settings: The plan's.
+        history: Runs of this workspace: what was measured in them comes first.
+        samples: Of the first stage, None while their number is not known.
+        card: What trains; None where there is none.
+    """
+    measured = measured_seconds(settings, history)
+    times = {}
+    for stage in TRAINING_STAGES:
+        if stage in measured:
+            seconds = _trained(settings, measured, stage)
+            times[stage] = StageTime(seconds, "median of this workspace's runs")
+        else:
+            times[stage] = _by_rate(workspace, settings, stage, samples, card)
+    return times
+
+
+def _by_rate(
+    workspace: Workspace,
+    settings: Mapping[str, Any],
+    stage: str,
+    samples: int | None,
+    card: Card | None,
+) -> StageTime:
+    """Return the time of a stage by the measured rate of its card."""
+    section = settings[stage]
+    found = _measured_card(card)
+    if found is None:
+        return StageTime(None, "no run was timed on this machine, and no rate is known of its card")
+    if section.get("numerics", "reference") != "fast" or section["dtype"] != "bfloat16":
+        return StageTime(None, "rates were measured with numerics: fast and dtype: bfloat16")
+    if settings.get("compute", {}).get("processes", 1) > 1:
+        return StageTime(None, "rates were measured with one process")
+    if section["drop_path"]:
+        return StageTime(None, "rates were measured with drop_path: false")
+    rate = MEASURED_RATES[found][section["method"]]
+    try:
+        picture = model_config(workspace, settings).num_image_tokens
+    except InvalidInput as error:
+        return StageTime(None, f"the model's parts cannot be read: {error.message}")
+    if stage == "finetune":
+        told = _instructions(workspace, settings, picture)
+        if told is None:
+            return StageTime(None, "the number of instructions is not known")
+        samples, positions = told
+    elif samples is None:
+        return StageTime(None, "the number of samples is not known before the recipe has run")
     else:
-        return None, "no run was timed on this machine yet"
-    total = sum(seconds * _trainings(settings, stage) for stage, seconds in measured.items())
-    if settings["pretrain"].get("starts", 1) > 1:
-        basis += f"; {_starts_words(settings, measured)}"
-    return total, basis
+        positions = float(picture + TEXT_TOKENS["projector"])
+    seen = Training.of(section).seen(samples) * _trainings(settings, stage)
+    seconds = seen * positions / (rate.samples_per_second * rate.positions)
+    return StageTime(seconds, f"{rate.samples_per_second:g} samples/s were measured on {found}")
+
+
+def _measured_card(card: Card | None) -> str | None:
+    """Return the measured card that a card is; a name given by hand may be a part of its name."""
+    name = card.name.casefold() if card is not None else ""
+    return next((full for full in MEASURED_RATES if name and name in full.casefold()), None)
+
+
+def _instructions(
+    workspace: Workspace, settings: Mapping[str, Any], picture: int
+) -> tuple[int, float] | None:
+    """Return the number of instructions and their mean positions, None where it is not known."""
+    path = workspace.path(settings["data"]["instructions"])
+    if not path.is_file() or path.stat().st_size > LARGEST_INSTRUCTIONS:
+        return None
+    stat, most = path.stat(), settings["finetune"]["model_max_length"]
+    try:
+        return _read_instructions(path, (stat.st_mtime_ns, stat.st_size), picture, most)
+    except InvalidInput:
+        return None
+
+
+@lru_cache(maxsize=4)
+def _read_instructions(
+    path: Path, version: tuple[int, int], picture: int, most: int
+) -> tuple[int, float] | None:
+    """Read the file once for each of its versions."""
+    lengths = []
+    for record in read_llava(path):
+        characters = sum(len(turn["value"]) for turn in record["conversations"])
+        positions = characters / CHARACTERS_OF_TOKEN + (picture if record.get("image") else 0)
+        lengths.append(min(float(most), positions))
+    return (len(lengths), sum(lengths) / len(lengths)) if lengths else None
+
+
+def _words(times: Mapping[str, StageTime]) -> list[str]:
+    return [
+        f"{stage} about {duration(time.seconds)} ({time.basis})" for stage, time in times.items()
+    ]
+
+
+def _trained(settings: Mapping[str, Any], seconds: Mapping[str, float], stage: str) -> float:
+    """Return the seconds of all trainings of a stage."""
+    return seconds[stage] * _trainings(settings, stage)
 
 
 def _trainings(settings: Mapping[str, Any], stage: str) -> float:
@@ -179,8 +346,15 @@ def _same_work(run: Run, settings: Mapping[str, Any], stage: str) -> bool:
     before = run.plan.proposal.settings
     return bool(
         before["model"]["name"] == settings["model"]["name"]
+        and _processes(before, stage) == _processes(settings, stage)
         and _of_one_start(before.get(stage, {})) == _of_one_start(settings.get(stage, {}))
     )
+
+
+def _processes(settings: Mapping[str, Any], stage: str) -> int:
+    """Return how many processes work on a stage together."""
+    count = settings.get("compute", {}).get("processes", 1)
+    return int(count) if stage in TRAINING_STAGES else 1
 
 
 def _of_one_start(section: Mapping[str, Any]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from typing import Any
 
 from synth_agent import pipeline
 from synth_agent.runs import STAGES, Event, EventTail, Limits, Proposal, Run, Score
+from synth_agent.summary import memory_sentences
 from synth_agent.wording import basis_words, benchmark_name, duration
 from synth_agent.workspace import Workspace
 
@@ -162,6 +163,7 @@ def run_text(run: Run) -> str:
     lines = [f"{run.id}  {run.plan.proposal.title}"]
     if "kept" in result:
         lines.append(f"  samples  {result['kept']:,} of {result['seed_samples']:,}")
+    lines += [f"  note     {sentence}" for sentence in memory_sentences(run)]
     lines += [f"  {score_text(score)}" for score in run.scores.values()]
     for comparison in run.comparisons.values():
         name = benchmark_name(comparison.benchmark)

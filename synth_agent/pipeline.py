@@ -61,15 +61,19 @@ def validate(workspace: Workspace, proposal: Proposal) -> None:
     """Check all that can be checked before hours are spent.
 
     Raises:
-        InvalidInput: Naming the recipe's or the setting's field, the limit, the path and the fix.
+        InvalidInput: Naming the recipe's or the setting's field, the limit, the path, or what the
+            training takes of the GPU, and the fix.
     """
     from synth_agent.recipes import load_catalogue, recipe_from_mapping, validate_recipe
+    from synth_agent.training_fit import refuse_impossible
 
     mapping = dict(proposal.recipe)
     name = str(mapping.pop("name", proposal.slug))
     validate_recipe(recipe_from_mapping(name, mapping), load_catalogue(), workspace)
     check_settings(workspace, proposal.settings)
     check_limits(proposal)
+    if not proposal.limits.data_only:
+        refuse_impossible(workspace, proposal.settings)
 
 
 def check_settings(workspace: Workspace, settings: Mapping[str, Any]) -> None:

@@ -9,18 +9,18 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from synth_agent.data import atomic_file
 from synth_agent.digests import Digests
-from synth_agent.errors import EXIT_OK, SynthAgentError
+from synth_agent.errors import SynthAgentError
 from synth_agent.recipes import Recipe, dump_recipe, load_catalogue, validate_recipe
 from synth_agent.runs import Cost, Plan, Proposal
 from synth_agent.stage_plan import Context, Stage, build_process
-from synth_agent.workspace import Workspace, stage_environment
+from synth_agent.stage_process import run_stage
+from synth_agent.workspace import Workspace
 
 
 def find_processed(workspace: Workspace, recipe: Recipe, digests: Digests) -> Path | None:
@@ -86,38 +86,15 @@ def _run(workspace: Workspace, command: Sequence[str], folder: Path, partial: Pa
         "--progress": folder / "progress.jsonl",
         "--output": partial,
     }
-    places["--progress"].unlink(missing_ok=True)
     arguments = list(command)
     for position, flag in enumerate(command[:-1]):
         if flag in places:
             arguments[position + 1] = str(places[flag])
-    with (folder / "log.txt").open("wb") as log:
-        ran = subprocess.run(
-            arguments,
-            cwd=workspace.root,
-            env=stage_environment(workspace),
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=log,
-            check=False,
-        )
-    if ran.returncode != EXIT_OK:
-        raise _told_error(places["--progress"]) or SynthAgentError(
-            "Processing failed", f"exit code {ran.returncode}", f"see {folder / 'log.txt'}"
-        )
-
-
-def _told_error(progress: Path) -> SynthAgentError | None:
-    """Return the error that the stage told of, None when it died without a word."""
-    try:
-        lines = progress.read_text("utf-8").splitlines()
-    except OSError:
-        return None
-    for line in reversed(lines):
-        error = json.loads(line).get("error")
-        if error:
-            return SynthAgentError(error["title"], error["message"], error.get("hint", ""))
-    return None
+    log = folder / "log.txt"
+    log.unlink(missing_ok=True)
+    ended = run_stage(workspace, arguments, places["--progress"], log)
+    if not ended.succeeded:
+        raise ended.error("Processing failed")
 
 
 def _stage(workspace: Workspace, recipe: Recipe, digests: Digests) -> Stage:

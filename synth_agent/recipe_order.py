@@ -15,6 +15,7 @@ from synth_agent.catalogue import Catalogue
 from synth_agent.errors import InvalidInput, nearest
 from synth_agent.recipe_policy import (
     FIELDS,
+    INSTALL_COMMANDS,
     MEASURING,
     META_FIELD,
     PACKAGES,
@@ -116,8 +117,14 @@ def check_packages(where: str, steps: Sequence[Step]) -> None:
             raise InvalidInput(
                 "Package is missing",
                 f"{where}, operator {position} ({name}) needs {package}",
-                f"install {package}, or leave the operator out",
+                f"{install_advice(package)}, or leave the operator out",
             )
+
+
+def install_advice(package: str) -> str:
+    """Return what to do to have a package, as a phrase."""
+    command = INSTALL_COMMANDS.get(package)
+    return f"install it with: {command}" if command else f"install {package}"
 
 
 def missing_packages(name: str, parameters: Mapping[str, Any]) -> tuple[str, ...]:

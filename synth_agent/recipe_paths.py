@@ -91,8 +91,17 @@ def check_models(where: str, parameters: Mapping[str, Any], root: Path) -> None:
         InvalidInput: naming the parameter and the folder.
     """
     for name, value in parameters.items():
-        if name.startswith(MODEL_PREFIX):
+        if name.startswith(MODEL_PREFIX) and not _is_unread(name, parameters):
             _check_folder(f"{where}, parameter {name}", value, root)
+
+
+def _is_unread(name: str, parameters: Mapping[str, Any]) -> bool:
+    """Tell whether a captioner is named that image_diffusion_mapper, given captions, never loads."""
+    return (
+        name == "hf_img2seq"
+        and "hf_diffusion" in parameters
+        and bool(parameters.get("caption_key"))
+    )
 
 
 def _check_folder(place: str, value: object, root: Path) -> None:
@@ -121,7 +130,6 @@ def _check_service_model(place: str, value: object) -> None:
 def check_needed_models(
     where: str, spec: OperatorSpec, parameters: Mapping[str, Any], root: Path
 ) -> None:
-    is_captioned = spec.name == "image_diffusion_mapper" and bool(parameters.get("caption_key"))
     for name, value in parameters.items():
         place = f"{where}, parameter {name}"
         if name in FILE_PARAMETERS and value and isinstance(value, str):
@@ -133,8 +141,8 @@ def check_needed_models(
             continue
         if name == "api_model":
             _check_service_model(place, value)
-        is_unused = name == "hf_img2seq" and is_captioned
-        if not (name.startswith(MODEL_PREFIX) or name == LOCAL_OR_SERVICE) or is_unused:
+        is_model = name.startswith(MODEL_PREFIX) or name == LOCAL_OR_SERVICE
+        if not is_model or _is_unread(name, parameters):
             continue
         if value == "" and spec.name in REVIEWED_OPERATORS:
             raise InvalidInput(

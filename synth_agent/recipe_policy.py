@@ -244,6 +244,13 @@ PACKAGES: dict[str, tuple[tuple[str, str], ...]] = {
     "text_entity_dependency_filter": (("spacy", "spacy"),),
 }
 """Packages that an operator imports and Data-Juicer does not require: module and package."""
+INSTALL_COMMANDS: dict[str, str] = {
+    "diffusers": 'pip install -e ".[diffusion]"',
+    "nltk": 'pip install -e ".[phrases]"',
+    # Its requirements would put transformers 4 in the place of 5; it works with 5.
+    "simple-aesthetics-predictor": 'pip install --no-deps "simple-aesthetics-predictor==0.1.2"',
+}
+"""How to install a package where its name alone would not do."""
 STATS: dict[str, tuple[str, ...]] = {
     "alphanumeric_filter": ("alnum_ratio",),
     "average_line_length_filter": ("avg_line_length",),

@@ -28,7 +28,7 @@ KIND_OF_STAGE = {
     "evaluate": "predictions",
 }
 # These change how a stage runs, not what comes out of it.
-_ASIDE = frozenset({"save_steps", "logging_steps"})
+_ASIDE = frozenset({"save_steps", "logging_steps", "tokens_per_pass", "recomputed_layers"})
 # Settings of `mgm.starts`, which `mgm.train` does not take.
 _STARTS = ("starts", "start_share")
 START_STRIDE = 1000
@@ -267,10 +267,31 @@ def _training(
         "output": output.with_name(output.name + ".partial"),
     }
     path = context.log_file(f"{stage}.json")
-    command = _program("mgm.train", path, context, stage)
+    command = _launched(_program("mgm.train", path, context, stage), context, starts)
     return Stage(
         stage, key, (command,), output, required, "train_state.json", {path: _texts(config)}
     )
+
+
+def _launched(command: tuple[str, ...], context: Context, starts: int) -> tuple[str, ...]:
+    """Return a training's command, started by torchrun where several processes are asked for.
+
+    Raises:
+        InvalidInput: If several starts are asked for too; those train in one process.
+    """
+    processes = int(context.settings["compute"].get("processes", 1))
+    if processes == 1:
+        return command
+    if starts > 1:
+        raise InvalidInput(
+            "Several starts train in one process each",
+            f"compute.processes = {processes}, pretrain.starts = {starts}",
+            "set one of them to 1",
+        )
+    python, *arguments = command
+    # Not part of the key: a step is the same, whatever the number of processes.
+    launcher = ("-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}")
+    return (python, *launcher, *arguments)
 
 
 def _starts(context: Context, stage: str) -> int:

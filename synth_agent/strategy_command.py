@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -25,9 +24,10 @@ from synth_agent.errors import EXIT_OK, InvalidInput, SynthAgentError, nearest
 from synth_agent.headless import narrate
 from synth_agent.processed_sets import make_processed
 from synth_agent.recipes import Recipe, list_recipes, load_recipe
+from synth_agent.stage_process import run_stage
 from synth_agent.strategies import DRAWS, JUDGE, NGRAMS, Comparison, Strategy
 from synth_agent.wording import duration
-from synth_agent.workspace import Workspace, stage_environment
+from synth_agent.workspace import Workspace
 
 _UNKNOWN = "-"
 _WIDTH_WITHOUT_TERMINAL = 160
@@ -135,28 +135,21 @@ def _score(
     ]
     write_samples(path, numbered)
     root.mkdir(parents=True, exist_ok=True)
-    operators, log = path.with_suffix(".operators.json"), path.with_suffix(".log")
-    operators.write_text(json.dumps([[JUDGE, dict(comparison.judge or {})]]), "utf-8")
     places = {
         "seed": path,
         "images": images,
-        "operators": operators,
         "statistics": root,
+        "operators": path.with_suffix(".operators.json"),
+        "progress": path.with_suffix(".progress.jsonl"),
     }
+    places["operators"].write_text(json.dumps([[JUDGE, dict(comparison.judge or {})]]), "utf-8")
     command = [sys.executable, "-m", "synth_agent.stages.analyze"]
     command += [text for name, place in places.items() for text in (f"--{name}", str(place))]
-    with log.open("wb") as output:
-        ran = subprocess.run(
-            command,
-            cwd=workspace.root,
-            env=stage_environment(workspace),
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=output,
-            check=False,
-        )
-    if ran.returncode != EXIT_OK:
-        raise SynthAgentError("Scoring failed", f"exit code {ran.returncode}", f"see {log}")
+    log = path.with_suffix(".log")
+    log.unlink(missing_ok=True)
+    ended = run_stage(workspace, command, places["progress"], log)
+    if not ended.succeeded:
+        raise ended.error("Scoring failed")
 
 
 def _print_table(found: Sequence[Strategy], failures: Mapping[str, SynthAgentError]) -> None:

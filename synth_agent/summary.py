@@ -28,6 +28,8 @@ def write_summary(workspace: Workspace, run: Run) -> Path:
         lines += _operator_lines(result.get("operators", ()))
         lines += _change_lines(workspace, run)
         lines += _contamination_lines(workspace, run)
+    for sentence in memory_sentences(run):
+        lines += ["", sentence]
     if run.message and not run.error:
         lines += ["", run.message]
     if run.error:
@@ -50,6 +52,17 @@ def write_summary(workspace: Workspace, run: Run) -> Path:
     path = workspace.run(run.id).summary
     path.write_text("\n".join(lines) + "\n", "utf-8")
     return path
+
+
+def memory_sentences(run: Run) -> list[str]:
+    """Return a sentence for each training that ran out of memory: when, and how it went on."""
+    sentences = []
+    for name, stage in run.stages.items():
+        times = stage.result.get("out_of_memory", ())
+        told = "; ".join(f"at step {one['step']}, going on with {one['then']}" for one in times)
+        if told:
+            sentences.append(f"Stage {name} ran out of memory {told}; its batch stayed the same.")
+    return sentences
 
 
 def _operator_lines(operators: Sequence[Mapping[str, Any]]) -> list[str]:

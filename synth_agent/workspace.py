@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import yaml
 from pydantic import (
@@ -21,9 +21,11 @@ from pydantic import (
     SerializerFunctionWrapHandler,
     ValidationError,
     model_serializer,
+    model_validator,
 )
 
 from synth_agent.errors import InvalidInput, nearest
+from synth_agent.secrets import secrets_of_address
 
 SETTINGS_NAME = "synth.yaml"
 
@@ -86,6 +88,12 @@ class TrainSettings(_Section):
     cache_features: bool = False
     gradient_checkpointing: bool = True
     numerics: Literal["reference", "fast"] = "reference"
+    tokens_per_pass: int = Field(0, ge=0)
+    """Positions that go through the model at once, with fast numerics; 0 takes what fits."""
+    recomputed_layers: int = Field(-1, ge=-1)
+    """Layers whose activations are recomputed, with fast numerics; -1 takes what has to be."""
+    master_weights: Literal["float32", "split24"] = "float32"
+    moments: Literal["float32", "8bit"] = "float32"
     save_steps: int = Field(100, ge=1)
     logging_steps: int = Field(1, ge=1)
     starts: int = Field(1, ge=1, le=8)
@@ -94,14 +102,19 @@ class TrainSettings(_Section):
     """Share of pretraining's steps after which the other starts are stopped."""
 
     @model_serializer(mode="wrap")
-    def _without_one_start(
+    def _without_later_options(
         self, serialize: SerializerFunctionWrapHandler, info: SerializationInfo
     ) -> dict[str, Any]:
         values: dict[str, Any] = serialize(self)
-        if self.starts == 1 and not (info.context or {}).get("every_setting"):
-            # A plan of one start is the plan that it is without the option: its digest and its
-            # replicates stay what they are.
+        if (info.context or {}).get("every_setting"):
+            return values
+        # A plan that leaves these at their defaults is the plan that it is without them: its digest
+        # and its replicates stay what they are.
+        if self.starts == 1:
             del values["starts"], values["start_share"]
+        for name in ("tokens_per_pass", "recomputed_layers", "master_weights", "moments"):
+            if values[name] == type(self).model_fields[name].default:
+                del values[name]
         return values
 
 
@@ -137,6 +150,8 @@ class ComputeSettings(_Section):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: int = Field(0, ge=0)
     """CPU threads of a stage; 0 means as many as there are cores."""
+    processes: int = Field(1, ge=1)
+    """Processes that train together, one a GPU of this machine."""
     executor: Literal["default", "ray"] = "default"
     """Where Data-Juicer's operators run: on this machine, or on a Ray cluster that is there already."""
     ray_address: str = ""
@@ -172,10 +187,28 @@ class PlannerSettings(_Section):
     """How a reply is held to its form; `auto` finds out what the server can."""
 
 
+class GoalWeights(_Section):
+    """How much each benchmark counts where the user wants one figure of all.
+
+    Only their proportion matters. Without weights no figure is ever made of several benchmarks.
+    """
+
+    textvqa: float = Field(0.0, ge=0, allow_inf_nan=False)
+    mmbench: float = Field(0.0, ge=0, allow_inf_nan=False)
+
+    @model_validator(mode="after")
+    def _weighs_something(self) -> GoalWeights:
+        if sum(self.model_dump().values()) <= 0:
+            raise ValueError("the weights add up to 0: give at least one benchmark more")
+        return self
+
+
 class Settings(_Section):
     """Everything `synth.yaml` may say."""
 
     goal: str = "Which data recipe makes the model better?"
+    goal_weights: GoalWeights | None = None
+    """The user's weighting of the benchmarks, shown beside them; null makes no figure of both."""
     baseline: str = "baseline"
     """Name of the recipe that the others are compared against."""
     seed: int = 1024
@@ -195,6 +228,13 @@ class Settings(_Section):
     planner: PlannerSettings = PlannerSettings()
     allow_operators: tuple[str, ...] = ()
     """Operators outside the safe list that a person permits by hand."""
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """The benchmarks that the user has weighed, with weights that add up to 1; mostly empty."""
+        given = {} if self.goal_weights is None else self.goal_weights.model_dump()
+        total = sum(given.values())
+        return {name: weight / total for name, weight in given.items() if weight > 0}
 
 
 @dataclass(frozen=True)
@@ -357,6 +397,8 @@ def _keys_at(location: tuple[Any, ...]) -> list[str]:
     model: type[BaseModel] = Settings
     for part in location:
         annotation = model.model_fields[str(part)].annotation
+        # An optional section is `Section | None`.
+        annotation = next(iter(get_args(annotation)), annotation)
         if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
             return []
         model = annotation
@@ -367,6 +409,12 @@ def endpoint_access() -> tuple[str, str | None]:
     """Return OPENAI_BASE_URL, or the official address, and OPENAI_API_KEY, None when it is not set."""
     address = os.environ.get("OPENAI_BASE_URL") or "https://api.openai.com/v1"
     return address, os.environ.get("OPENAI_API_KEY") or None
+
+
+def known_secrets() -> tuple[str, ...]:
+    """Return what the environment holds in confidence: the key, and what the address says of one."""
+    address, key = endpoint_access()
+    return (*secrets_of_address(address), *((key,) if key else ()))
 
 
 def stage_environment(workspace: Workspace) -> dict[str, str]:

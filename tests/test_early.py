@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,12 +15,14 @@ from synth_agent.early import (
     Finished,
     Starts,
     early_verdict,
+    early_verdicts,
     hit_rate,
     loss_at,
+    share_reached,
     starts_effect,
     wilson,
 )
-from synth_agent.runs import StageState
+from synth_agent.runs import Cost, Plan, Proposal, Run, Score, StageState
 
 ROOT = Path(__file__).parents[1]
 
@@ -29,6 +32,72 @@ def _runs(count: int, slope: float, noise: float, seed: int = 0) -> list[Finishe
     losses = generator.normal(1.0, 0.1, count)
     scores = 50 + slope * (losses - 1.0) * 10 + generator.normal(0, noise, count)
     return [Finished(float(a), float(b)) for a, b in zip(losses, scores, strict=True)]
+
+
+def with_loss(
+    number: int, levels: list[float], recipe: str, percent: float | None = None, **settings: Any
+) -> Run:
+    """Return a run with a loss curve of 40 steps, so far as `levels` go; with a score it is finished."""
+    proposal = Proposal(
+        "t", recipe, "explore", "r", (), None, {"name": recipe},
+        {"seed": number, "model": {"name": "mgm-mini"}, **settings},
+        Cost(1, 1, None, ""), "a test",
+    )  # fmt: skip
+    run = Run(f"{number:04d}-{recipe}", Plan("", proposal, "a", "", ""), "running")
+    process, stage = run.stages["process"], run.stages["pretrain"]
+    process.status, process.result = "succeeded", {"digest": recipe}
+    stage.progress = {"step": len(levels), "total": 40}
+    stage.losses = list(enumerate(levels, 1))
+    if percent is not None:
+        run.status = "succeeded"
+        run.scores["textvqa"] = Score(
+            "textvqa", "val", "accuracy", percent, percent, percent, 0.0, 9, "", "", ""
+        )
+    return run
+
+
+def telling(count: int, recipe: str = "one", **settings: Any) -> list[Run]:
+    """Return finished runs whose loss tells their scores: low for high scores."""
+    return [
+        with_loss(n, [4.0 - 0.1 * n] * 40, recipe, 20.0 + 2 * n, **settings) for n in range(count)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("steps", "share"),
+    [(1, None), (9, None), (10, 0.25), (19, 0.25), (20, 0.5), (30, 0.75), (40, 1.0)],
+)
+def test_a_run_is_judged_at_quarters_of_its_first_stage(steps: int, share: float | None) -> None:
+    run = with_loss(99, [2.0] * steps, "one")
+    assert share_reached(run) == share
+    found = early_verdicts(run, telling(12))
+    assert [one.share for one in found] == ([] if share is None else [share])
+
+
+def test_the_app_is_told_a_chance_only_with_its_measured_rate() -> None:
+    run = with_loss(99, [2.9] * 20, "one")
+    (found,) = early_verdicts(run, telling(12))
+    assert found.verdict.chance is not None
+    assert found.verdict.chance > 0.8
+    assert not found.is_mixed
+    assert "TextVQA, loss at 50 % of stage 1: " in found.words()
+    assert "of 12 finished runs" in found.words()
+    assert "mixed" not in found.words()
+    assert early_verdicts(run, telling(LEAST_RUNS - 1)) == ()
+
+
+def test_runs_of_other_recipes_are_named_as_mixed_and_other_settings_do_not_count() -> None:
+    run = with_loss(99, [2.9] * 20, "one")
+    other = telling(10, "other")
+    (mixed,) = early_verdicts(run, other)
+    assert mixed.is_mixed
+    assert "recipes mixed" in mixed.words()
+    (own,) = early_verdicts(run, [*telling(9), *other])
+    assert not own.is_mixed
+    assert own.verdict.measured is not None
+    assert own.verdict.measured.num_runs == 9
+    assert early_verdicts(run, telling(12, pretrain={"max_steps": 9})) == ()
+    assert early_verdicts(run, [with_loss(n, [2.0] * 20, "one") for n in range(12)]) == ()
 
 
 def test_too_few_runs_give_no_verdict() -> None:

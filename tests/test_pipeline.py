@@ -88,6 +88,9 @@ def test_keys_cover_settings_that_change_results_and_no_others(filled: Workspace
 
     assert differing(changed(settings, "compute", threads=3)) == set()
     assert differing(changed(settings, "pretrain", save_steps=7, logging_steps=9)) == set()
+    passes = changed(settings, "pretrain", tokens_per_pass=4096, recomputed_layers=2)
+    assert differing(passes) == set()
+    assert differing(changed(settings, "finetune", moments="8bit")) == {"finetune"}
     assert differing(changed(settings, "evaluate", batch_size=5)) == set()
     assert differing(changed(settings, "pretrain", learning_rate=0.5)) == {"pretrain"}
     assert differing(changed(settings, "data", sample_cap=5)) == {"process"}

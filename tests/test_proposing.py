@@ -14,7 +14,9 @@ import pytest
 from synth_agent.errors import InvalidInput
 from synth_agent.planner.builtin import BuiltinPlanner
 from synth_agent.planner.conversation import Conversation
-from synth_agent.planner.proposing import MOST_CHARACTERS, Known, read_reply, schema
+from synth_agent.planner.proposing import read_reply
+from synth_agent.planner.reply import MOST_CHARACTERS, schema
+from synth_agent.planner.tried import Known
 from synth_agent.runs import Proposal, Run
 from synth_agent.workspace import Workspace
 from tests.planner_world import (

@@ -10,6 +10,7 @@ from PIL import Image
 
 from synth_agent import pipeline
 from synth_agent.changes import Change, OperatorChanges, write_changes
+from synth_agent.headless import run_text
 from synth_agent.summary import write_summary
 from synth_agent.workspace import Workspace
 from tests.ui.notebook import Writer, make_workspace, proposal_for
@@ -38,6 +39,24 @@ def test_operators_are_listed_with_their_counts(workspace: Workspace) -> None:
     assert "| operator | samples before | after | dropped | seconds |" in text
     assert "| words_num_filter | 1,300 | 1,040 | 260 | 1.2 |" in text
     assert "| a_mapper | 1,040 | 1,040 | 0 | 20.0 |" in text
+
+
+def test_a_training_that_ran_out_of_memory_says_how_it_went_on(workspace: Workspace) -> None:
+    changes = ["all layers recomputed in the backward pass", "4096 positions a pass"]
+    times = [{"step": step, "then": change} for step, change in enumerate(changes, 3)]
+    writer = Writer(workspace, 1, proposal_for(workspace, "words", None))
+    writer.start()
+    writer.stage("pretrain", {"steps": 9, "out_of_memory": []})
+    writer.stage("finetune", {"steps": 9, "out_of_memory": times})
+    run = pipeline.load_run(workspace, writer.id)
+    text = write_summary(workspace, run).read_text()
+    told = (
+        "Stage finetune ran out of memory at step 3, going on with all layers recomputed in the "
+        "backward pass; at step 4, going on with 4096 positions a pass; its batch stayed the same."
+    )
+    assert told in text
+    assert "Stage pretrain" not in text
+    assert told in run_text(run)
 
 
 def test_branches_are_named(workspace: Workspace) -> None:

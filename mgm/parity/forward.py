@@ -18,10 +18,11 @@ from torch import Tensor
 from mgm.checkpoint import load_full
 from mgm.config import ModelConfig
 from mgm.files import read_json
-from mgm.generate import Answerer, Decoding, Request
+from mgm.generate import Answerer
 from mgm.model import IMAGE_TOKEN_ID, MGM, ModelOutput, TowerFeatures, cut_windows
 from mgm.names import published_parameters
 from mgm.parity.report import Check, compare_exactly, compare_numbers, compare_tensors
+from mgm.request import Decoding, Request
 from mgm.vision import fuse_stages, low_resolution_views
 
 FEATURE_TOLERANCE = 5e-5

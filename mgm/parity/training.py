@@ -23,6 +23,7 @@ from mgm.files import read_json
 from mgm.lora import attach_lora, merge_lora
 from mgm.model import MGM
 from mgm.names import is_multimodal, published_name, published_parameters
+from mgm.optimization import parameter_groups
 from mgm.parity.report import Check, compare_exactly, compare_named_tensors, compare_numbers
 from mgm.parity.text import load_tokenizer
 from mgm.train import make_trainer, unfreeze
@@ -138,6 +139,7 @@ def _settings(
         images=_picture_folder(folder, run.data),
         method=run.method,  # type: ignore[arg-type]
         learning_rate=recorded["lr"],
+        group_by_modality_length=run.stage == "finetune",
         max_steps=len(recorded["log"]),
         micro_batch_size=meta["batch_size"],
         global_batch_size=meta["batch_size"] * meta["grad_accum"],
@@ -187,6 +189,10 @@ def _check_run(
         parameters = published_parameters(model).items()
         trained = sorted(name for name, value in parameters if value.requires_grad)
         yield compare_exactly(run.name, "trained tensors", trained, sorted(recorded["trainable"]))
+    if "param_groups" in recorded:
+        ours, reference = _group_sizes(model, settings), recorded["param_groups"]
+        expected = sorted((group["initial_lr"], group["n_params"]) for group in reference)
+        yield compare_exactly(run.name, "optimizer groups (rate, tensors)", ours, expected)
     dataset = InstructionDataset(
         settings.data,
         settings.images,
@@ -195,6 +201,8 @@ def _check_run(
     )
     features = PictureFeatures(model, dataset, settings.workers, settings.image_aspect_ratio)
     order = list(recorded["sample_order"])
+    own = make_trainer(model, dataset, features, settings).order(0)
+    yield compare_exactly(run.name, "order of samples", own, order)
     trainer = make_trainer(model, dataset, features, settings, lambda epoch: order)
     model.train()
     state = TrainingState("")
@@ -205,6 +213,19 @@ def _check_run(
         named = published_parameters(model)
         shapes = {n: list(value.shape) for n, value in named.items() if is_multimodal(n)}
         yield compare_exactly(run.name, "projector file", shapes, recorded["mm_projector_bin_keys"])
+
+
+def _group_sizes(model: MGM, settings: TrainSettings) -> list[tuple[float, int]]:
+    """Return the peak rate and number of tensors of the optimizer's groups.
+
+    The recorded runs tell weights from biases and norms although neither is decayed; a decay
+    makes this package's groups visible in the same way.
+    """
+    trained = {name: value for name, value in model.named_parameters() if value.requires_grad}
+    groups = parameter_groups(
+        trained.items(), settings.learning_rate, settings.projector_learning_rate, 0.1
+    )
+    return sorted((group["peak_lr"], len(group["params"])) for group in groups)
 
 
 def _check_log(

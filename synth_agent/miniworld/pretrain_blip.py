@@ -45,59 +45,98 @@ def pretrain_blip(
     torch.manual_seed(3)
     random.seed(3)
     tokenizer = build_tokenizer("clip")
-    model = BlipForImageTextRetrieval(_config(len(tokenizer)))
+    model = _model(len(tokenizer), captioner_folder).to(device)
+    ids = tokenizer(_texts(pictures.scenes), padding=True, return_tensors="pt").input_ids
+    ids = ids.view(len(pictures.scenes), 2, _TEXTS, -1)
+    task = _Matching(model, pictures, ids, int(tokenizer.pad_token_id), device)
+    optimise(
+        [*model.parameters()],
+        task.loss,
+        steps=steps,
+        learning_rate=3e-4,
+        report=reporter("blip", task.measure),
+    )
+    save_half(model, folder)
+    tokenizer.save_pretrained(str(folder))
+    write_processor(folder, "BlipProcessor")
+
+
+class _Matching:
+    """The task: tell whether a text fits a picture.
+
+    Args:
+        model: What learns it, on `device`.
+        pictures: N of them, the last ones held out.
+        ids: Token ids (N, 2, 4, T); of the second dimension, the first half does not fit.
+        pad_id: Token id of the padding.
+        device: Where batches are computed.
+    """
+
+    def __init__(
+        self,
+        model: BlipForImageTextRetrieval,
+        pictures: PictureSet,
+        ids: Tensor,
+        pad_id: int,
+        device: torch.device,
+    ) -> None:
+        self._model = model
+        self._pictures = pictures
+        self._ids = ids
+        self._pad_id = pad_id
+        self._device = device
+        self._generator = torch.Generator().manual_seed(3)
+
+    def loss(self, _: int) -> Tensor:
+        """Return the cross-entropy of a drawn batch, half of whose texts fit."""
+        self._model.train()
+        rows = self._draw(self._pictures.num_training)
+        fits = self._draw(2)
+        choice = self._draw(_TEXTS)
+        logits = self._logits(rows, fits, choice, augment=True)
+        return F.cross_entropy(logits, fits.to(self._device))
+
+    @torch.no_grad()
+    def measure(self) -> str:
+        """Return the shares of the held-out pictures whose two first texts are judged right."""
+        self._model.eval()
+        rows = torch.arange(self._pictures.num_training, len(self._pictures.scenes))
+        first = torch.zeros_like(rows)
+        right = []
+        for fits in (0, 1):
+            logits = self._logits(rows, torch.full_like(rows, fits), first, augment=False)
+            right.append((logits.argmax(1).cpu() == fits).float().mean().item())
+        return f"refused {right[0]:.3f} accepted {right[1]:.3f}"
+
+    def _draw(self, below: int) -> Tensor:
+        return torch.randint(0, below, (_BATCH,), generator=self._generator)  # (B,)
+
+    def _logits(self, rows: Tensor, fits: Tensor, choice: Tensor, *, augment: bool) -> Tensor:
+        """Return (B, 2) logits of not fitting and fitting, for B pictures with a text each."""
+        text = self._ids[rows, fits, choice].to(self._device)  # (B, T)
+        images = normalise(self._pictures.pixels[rows], self._device, augment)  # (B, 3, 128, 128)
+        kind = self._device.type
+        with torch.autocast(kind, torch.bfloat16, enabled=kind == "cuda"):
+            seen = self._model.vision_model(pixel_values=images).last_hidden_state  # (B, P, W)
+            hidden = self._model.text_encoder(
+                input_ids=text,
+                attention_mask=(text != self._pad_id).long(),
+                encoder_hidden_states=seen,
+                encoder_attention_mask=torch.ones(seen.shape[:2], device=self._device).long(),
+            ).last_hidden_state  # (B, T, D)
+            judged: Tensor = self._model.itm_head(hidden[:, 0])
+        return judged.float()
+
+
+def _model(vocabulary: int, captioner_folder: Path) -> BlipForImageTextRetrieval:
+    """Return the matcher before training, with the captioner's vision tower."""
+    model = BlipForImageTextRetrieval(_config(vocabulary))
     captioner = Blip2ForConditionalGeneration.from_pretrained(
         str(captioner_folder), dtype=torch.float32
     )
     model.vision_model.load_state_dict(captioner.vision_model.state_dict())
     _scale_initialisation(model.text_encoder)
-    model.to(device)
-    ids = tokenizer(_texts(pictures.scenes), padding=True, return_tensors="pt").input_ids
-    ids = ids.view(len(pictures.scenes), 2, _TEXTS, -1)
-    generator = torch.Generator().manual_seed(3)
-
-    def logits_of(rows: Tensor, fits: Tensor, choice: Tensor, augment: bool) -> Tensor:
-        text = ids[rows, fits, choice].to(device)
-        images = normalise(pictures.pixels[rows], device, augment)
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            seen = model.vision_model(pixel_values=images).last_hidden_state
-            hidden = model.text_encoder(
-                input_ids=text,
-                attention_mask=(text != tokenizer.pad_token_id).long(),
-                encoder_hidden_states=seen,
-                encoder_attention_mask=torch.ones(seen.shape[:2], device=device).long(),
-            ).last_hidden_state
-            judged: Tensor = model.itm_head(hidden[:, 0])
-        return judged.float()
-
-    def loss_of(_: int) -> Tensor:
-        model.train()
-        rows = torch.randint(0, pictures.num_training, (_BATCH,), generator=generator)
-        fits = torch.randint(0, 2, (_BATCH,), generator=generator)
-        choice = torch.randint(0, _TEXTS, (_BATCH,), generator=generator)
-        return F.cross_entropy(logits_of(rows, fits, choice, True), fits.to(device))
-
-    @torch.no_grad()
-    def measure() -> str:
-        model.eval()
-        rows = torch.arange(pictures.num_training, len(pictures.scenes))
-        right = []
-        for fits in (0, 1):
-            wanted = torch.full_like(rows, fits)
-            answer = logits_of(rows, wanted, torch.zeros_like(rows), False).argmax(1).cpu()
-            right.append((answer == fits).float().mean().item())
-        return f"refused {right[0]:.3f} accepted {right[1]:.3f}"
-
-    optimise(
-        [*model.parameters()],
-        loss_of,
-        steps=steps,
-        learning_rate=3e-4,
-        report=reporter("blip", measure),
-    )
-    save_half(model, folder)
-    tokenizer.save_pretrained(str(folder))
-    write_processor(folder, "BlipProcessor")
+    return model
 
 
 def alter(scene: Scene, draw: random.Random) -> Scene:

@@ -1,7 +1,7 @@
 """Every candidate recipe side by side: what is believed of it, what a run of it would tell, its cost.
 
 Benchmarks stay apart wherever something is claimed. Only for choosing where to look next are they put
-together, as the mean over benchmarks in units of each one's spread between seeds.
+together: as the user weighs them, or else as the mean in units of each one's spread between seeds.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from synth_agent.planner.choosing import (
 )
 from synth_agent.planner.evidence import Evidence, comparable, gather, same_steps
 from synth_agent.planner.features import FEATURES, family_of, featurise
-from synth_agent.planner.model import INTERVAL_Z, Array, Belief, Beliefs
+from synth_agent.planner.model import INTERVAL_Z, Array, Beliefs
 from synth_agent.planner.outlook import Outlook, look
 from synth_agent.recipes import Recipe, recipe_from_mapping, steps_of
 from synth_agent.runs import Kind, Prediction, Run
@@ -56,7 +56,7 @@ class Candidate:
     information: float = 0.0
     per_hour: float = 0.0
     mean_z: float = 0.0
-    """Expected difference to the baseline in spreads between seeds, mean over benchmarks."""
+    """Expected difference to the baseline in spreads between seeds, benchmarks put together."""
     kind: Kind = "explore"
 
     @property
@@ -78,6 +78,8 @@ class Assessment:
     """(M, F)"""
     timed: bool
     """Whether costs are GPU-hours; else they are runs."""
+    weights: Mapping[str, float]
+    """The user's weighting of the benchmarks; mostly empty."""
     _by_steps: Mapping[str, Candidate] = field(repr=False, default_factory=dict)
 
     def of(self, recipe: Recipe) -> Candidate | None:
@@ -97,7 +99,7 @@ class Assessment:
         if self.leader is None:
             return 1.0
         measured = [candidate.position for candidate in self.candidates if candidate.runs]
-        belief = _combined(self.evidence, self.beliefs)
+        belief = self.beliefs.combined(_shares(self.evidence, self.weights))
         part = belief.covariance[np.ix_(measured, measured)]
         draws = np.random.default_rng(0).multivariate_normal(
             belief.mean[measured], part, _DRAWS, check_valid="ignore"
@@ -233,7 +235,8 @@ def _assess(
         )
         for position, recipe in enumerate(kept)
     )
-    candidates = _with_information(candidates, features, evidence, beliefs)
+    weights = workspace.settings.weights
+    candidates = _with_information(candidates, features, evidence, beliefs, weights)
     return Assessment(
         candidates,
         evidence,
@@ -241,6 +244,7 @@ def _assess(
         {name: _question_sd(name, baseline, settings, history) for name in evidence},
         features,
         cost.seconds is not None,
+        weights,
         {_key(candidate.recipe): candidate for candidate in candidates},
     )
 
@@ -250,21 +254,22 @@ def _with_information(
     features: Array,
     evidence: Mapping[str, Evidence],
     beliefs: Beliefs,
+    weights: Mapping[str, float],
 ) -> tuple[Candidate, ...]:
     if not candidates:
         return ()
     tried = [candidate.position for candidate in candidates if candidate.runs]
-    gains: Array = np.mean(
-        [
-            knowledge_gradient(belief, tried, _unit(evidence[name])) / _unit(evidence[name])
-            for name, belief in beliefs.items()
-        ],
-        axis=0,
-    )
+    combined = beliefs.combined(_shares(evidence, weights))
+    if _weighed(evidence, weights):
+        gains = knowledge_gradient(combined, tried, 1.0)
+    else:
+        units = {name: _unit(evidence[name]) for name in beliefs}
+        each = [knowledge_gradient(of, tried, units[n]) / units[n] for n, of in beliefs.items()]
+        gains = np.asarray(np.mean(each, axis=0))
     counts = changes(features, tried)
     costs = np.array([candidate.hours for candidate in candidates])
     rates = information_per_cost(gains, counts, costs)
-    means = _combined(evidence, beliefs).mean
+    means = combined.mean
     return tuple(
         replace(
             one,
@@ -294,9 +299,23 @@ def _with_kind(candidate: Candidate, assessment: Assessment) -> Candidate:
     return candidate
 
 
-def _combined(evidence: Mapping[str, Evidence], beliefs: Beliefs) -> Belief:
-    """Return the mean over benchmarks in units of their noise."""
-    return beliefs.combined({name: 1.0 / len(beliefs) / _unit(evidence[name]) for name in beliefs})
+def _shares(evidence: Mapping[str, Evidence], weights: Mapping[str, float]) -> dict[str, float]:
+    """Return what each benchmark's belief counts when they are put together.
+
+    Without weights: the mean over benchmarks in units of each one's noise. With weights: the user's
+    figure of percentage points, in units of its own noise, so that a run measures it with noise 1.
+    """
+    weighed = _weighed(evidence, weights)
+    if not weighed:
+        return {name: 1.0 / len(evidence) / _unit(of) for name, of in evidence.items()}
+    points = {name: weight * evidence[name].scale.slope for name, weight in weighed.items()}
+    noise = math.hypot(*(share * _unit(evidence[name]) for name, share in points.items()))
+    return {name: share / noise for name, share in points.items()}
+
+
+def _weighed(evidence: Mapping[str, Evidence], weights: Mapping[str, float]) -> dict[str, float]:
+    """Return the weights of the benchmarks that anything is known of."""
+    return {name: weight for name, weight in weights.items() if name in evidence}
 
 
 def _unit(evidence: Evidence) -> float:

@@ -25,6 +25,7 @@ from synth_agent.recipes import (
     validate_recipe,
 )
 from synth_agent.runs import BUILTIN_PLANNER, Kind, Prediction, Proposal, Rejection, Run
+from synth_agent.weighting import weighting_words
 from synth_agent.wording import benchmark_name
 from synth_agent.workspace import Workspace
 
@@ -276,8 +277,9 @@ def _chosen_proposal(
         proposal.reason,
         _kind_words(assessment, chosen, settings),
         _prediction_words(predictions),
-        f"Expected gain of the best known result by this run: {chosen.information:.2f} times the "
-        f"spread between seeds, for {assessment.cost_words(chosen)}.",
+        f"Expected gain of the best known result{_goal_words(assessment)} by this run: "
+        f"{chosen.information:.2f} times the spread between seeds, for "
+        f"{assessment.cost_words(chosen)}.",
     )
     return replace(
         proposal,
@@ -287,6 +289,13 @@ def _chosen_proposal(
         evidence=_evidence(baseline, recipe, *chosen.runs),
         **_expectations(recipe, predictions),
     )
+
+
+def _goal_words(assessment: Assessment) -> str:
+    """Return which figure of the benchmarks the user asked for, if any."""
+    if not assessment.weights:
+        return ""
+    return f" in your weighting ({weighting_words(assessment.weights)})"
 
 
 def _kind_words(assessment: Assessment, chosen: Candidate, settings: Mapping[str, Any]) -> str:

@@ -20,6 +20,7 @@ from synth_agent.planner.fencing import cut, estimated_tokens, untrusted, visibl
 from synth_agent.recipe_policy import MODEL_PREFIX, refusal
 from synth_agent.recipes import Recipe, list_recipes, steps_of
 from synth_agent.runs import Prediction, Proposal, Rejection, Run
+from synth_agent.weighting import weighting_words
 from synth_agent.wording import BENCHMARK_NAMES, duration
 from synth_agent.workspace import Workspace
 
@@ -162,8 +163,14 @@ def _goal(workspace: Workspace) -> list[str]:
         f"Model {settings.model.name}; at most {settings.data.sample_cap} samples are trained on; "
         f"pretrain {_training(settings.pretrain.model_dump())}; "
         f"finetune {_training(settings.finetune.model_dump())}.",
-        f"Benchmarks: {', '.join(BENCHMARK_NAMES)}.",
+        f"Benchmarks: {', '.join(BENCHMARK_NAMES)}.{_weighting(settings.weights)}",
     ]
+
+
+def _weighting(weights: Mapping[str, float]) -> str:
+    if not weights:
+        return ""
+    return f" The user weighs them {weighting_words(weights)}; predict each by itself all the same."
 
 
 def _training(section: Mapping[str, Any]) -> str:

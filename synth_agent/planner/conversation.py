@@ -35,13 +35,17 @@ from synth_agent.planner.exchange import (
     never_cancelled,
 )
 from synth_agent.planner.fencing import cut, untrusted, visible
-from synth_agent.planner.proposing import TRAINING_FIELDS, Known, read_reply, schema
+from synth_agent.planner.proposing import read_reply
+from synth_agent.planner.reply import schema
 from synth_agent.planner.templates import fill
 from synth_agent.planner.tools import TOOLS, run_tool
+from synth_agent.planner.training_changes import TRAINING_FIELDS
+from synth_agent.planner.tried import Known
 from synth_agent.recipes import Recipe, list_recipes, recipe_from_mapping
 from synth_agent.runs import Prediction, Proposal, Rejection, Run
+from synth_agent.secrets import redact
 from synth_agent.wording import BENCHMARK_NAMES
-from synth_agent.workspace import Workspace
+from synth_agent.workspace import Workspace, known_secrets
 
 MOST_REPAIRS = 2
 MOST_TOOL_ROUNDS = 8
@@ -169,6 +173,8 @@ class Conversation:
         Raises:
             InvalidInput: A recipe or a prompt of the workspace cannot be read.
         """
+        # People paste keys: nothing of them is to reach the endpoint, a wish or a later prompt.
+        instruction = redact(instruction, known_secrets())
         runs, rejections = self._load(self._workspace)
         wishes = wishes_after(self._wishes, instruction)
         if not any(r.is_measured and r.plan.proposal.kind == "baseline" for r in runs):
@@ -208,6 +214,7 @@ class Conversation:
         """
         runs, rejections = self._load(self._workspace)
         talk = _Talk(self, on_text, is_cancelled)
+        text = redact(text, known_secrets())
         question = cut(visible(text, lines=True), 4 * _MOST_MESSAGE)
         known = Known(runs, rejections, (), list_recipes(self._workspace))
 

@@ -60,6 +60,11 @@ class Scale:
             points = value
         return min(max(points, -self.baseline), 100.0 - self.baseline)
 
+    @property
+    def slope(self) -> float:
+        """Percentage points that a unit of the model's scale is, near the baseline."""
+        return self.baseline / 100.0 if self.logarithmic else 1.0
+
     def noise(self, points: float, sd: float) -> float:
         """Return the standard deviation of a difference on the model's scale."""
         return 100.0 * sd / max(self.baseline + points, 1.0) if self.logarithmic else sd

@@ -6,8 +6,9 @@ Run it from the workspace root:
 
 Owns what `synth_agent.statistics` lays down on disk, through its writers. Only samples without a score
 are worked on; scores are kept every few seconds, so a killed run loses no more than that. A sample
-that cannot be scored gets the reason in place of a score. Exit codes: 0 done, 1 an operator could not
-be used, 2 bad input, 130 and 143 interrupted.
+that cannot be scored gets the reason in place of a score. An operator whose packages or files are not
+on this machine is reported and left out. Exit codes: 0 done, 1 another operator failed, 2 bad input,
+130 and 143 interrupted.
 """
 
 from __future__ import annotations
@@ -17,10 +18,8 @@ import fcntl
 import hashlib
 import json
 import os
-import signal
 import sys
 import time
-import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -30,17 +29,10 @@ from typing import Any
 from synth_agent.data import Sample, atomic_file, read_samples
 from synth_agent.data_keys import remember_data_key, sample_digest
 from synth_agent.digests import Digests
-from synth_agent.errors import (
-    EXIT_FAILED,
-    EXIT_INTERRUPTED,
-    EXIT_OK,
-    Busy,
-    InvalidInput,
-    SynthAgentError,
-)
+from synth_agent.errors import EXIT_FAILED, EXIT_OK, Busy, InvalidInput
 from synth_agent.pictures import hash_file
 from synth_agent.stages.datajuicer import guard
-from synth_agent.stages.process import EXIT_TERMINATED
+from synth_agent.stages.program import raise_if_stopped, run_program, use_threads
 from synth_agent.stages.progress import StageProgress
 from synth_agent.statistics import (
     OWN_SOURCES,
@@ -74,28 +66,22 @@ class ColumnReport:
     seconds: float
     problem: str = ""
     """Why the operator could not be used at all."""
+    is_absent: bool = False
+    """Whether the problem is a package or a file that is not on this machine."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the stage and return its exit code."""
     arguments = _parser().parse_args(argv)
-    signal.signal(signal.SIGTERM, _terminate)
-    os.environ["OMP_NUM_THREADS"] = str(arguments.threads)
-    with StageProgress(arguments.progress) as progress:
-        try:
-            with _only_one(arguments.statistics):
-                reports = analyze(arguments, progress)
-        except SynthAgentError as error:
-            progress.error(error)
-            return error.exit_code
-        except KeyboardInterrupt:
-            return EXIT_INTERRUPTED
-        except Exception as error:  # noqa: BLE001  the process's outermost edge
-            traceback.print_exc()
-            described = f"{type(error).__name__}: {error}"
-            progress.error(SynthAgentError("Analysis failed", described, "see the stage's log"))
-            return EXIT_FAILED
-    return EXIT_FAILED if any(report.problem for report in reports) else EXIT_OK
+    use_threads(arguments.threads)
+
+    def work(progress: StageProgress) -> int:
+        with _only_one(arguments.statistics):
+            reports = analyze(arguments, progress)
+        failed = any(report.problem and not report.is_absent for report in reports)
+        return EXIT_FAILED if failed else EXIT_OK
+
+    return run_program("Analysis failed", arguments.progress, work)
 
 
 def analyze(arguments: argparse.Namespace, progress: StageProgress) -> list[ColumnReport]:
@@ -158,7 +144,7 @@ class _Column:
         self._has_scores = bool(known)
         missing = {row.sample: i for i, row in enumerate(rows) if row.sample not in known}
         todo = list(missing.items())
-        errors, problem, done = 0, "", 0
+        errors, problem, is_absent, done = 0, "", False, 0
 
         def report() -> None:
             progress.update(step=done, total=len(todo), unit="samples", label=self._label)
@@ -170,7 +156,7 @@ class _Column:
                 done += len(part)
                 report()
         except _Unusable as error:
-            problem = str(error)
+            problem, is_absent = str(error), error.is_absent
         return ColumnReport(
             self._spec.operator,
             self._spec.key,
@@ -179,6 +165,7 @@ class _Column:
             errors,
             round(time.monotonic() - started, 3),
             problem,
+            is_absent,
         )
 
     def _keep(self, part: Sequence[tuple[str, Mapping[str, Any] | str]]) -> int:
@@ -233,13 +220,16 @@ class _Column:
             [operator] = load_ops([{self._spec.operator: self._parameters}])
             return self._sizes.watch(stand_in(operator))
         except Exception as error:
-            raise _Unusable(_reason(error)) from error
+            raise_if_stopped()
+            is_absent = isinstance(error, ImportError | FileNotFoundError)
+            raise _Unusable(_reason(error), is_absent=is_absent) from error
 
     def _score(self, samples: Sequence[Sample]) -> list[Mapping[str, Any] | str]:
         """Return each sample's statistics, or why it has none."""
         try:
             return self._score_together(samples)
         except Exception as error:  # noqa: BLE001  whatever it is, it is kept as the reason
+            raise_if_stopped()
             if len(samples) == 1:
                 return [_reason(error)]
         return [result for sample in samples for result in self._score([sample])]
@@ -308,6 +298,10 @@ class _PictureHashes:
 
 class _Unusable(Exception):
     """The operator cannot be used; the message is the reason."""
+
+    def __init__(self, reason: str, *, is_absent: bool = False) -> None:
+        super().__init__(reason)
+        self.is_absent = is_absent
 
 
 def _sample_rows(
@@ -381,10 +375,6 @@ def _only_one(statistics: Path) -> Iterator[None]:
             ) from None
         guard()
         yield
-
-
-def _terminate(number: int, frame: object) -> None:
-    raise SystemExit(EXIT_TERMINATED)
 
 
 def _parser() -> argparse.ArgumentParser:

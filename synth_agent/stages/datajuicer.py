@@ -12,6 +12,8 @@ import sys
 from collections.abc import Callable
 from typing import Any, NoReturn
 
+from synth_agent.stages.grounding import keep_grounding_local
+
 
 @functools.cache
 def guard() -> None:
@@ -45,6 +47,7 @@ def guard() -> None:
     base_op.free_models = free_loaded_models
     formatter.unify_format = functools.partial(_unify_here, formatter.unify_format)
     config.setup_logger = lambda *arguments, **options: None
+    keep_grounding_local()
 
 
 def _unify_here(

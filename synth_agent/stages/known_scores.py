@@ -78,6 +78,17 @@ class KnownScores:
             return dataset, 0
         return _with_stats(dataset, scores), len(scores)
 
+    def saves_a_model(self, operators: Sequence[Operator]) -> bool:
+        """Tell whether there are scores for which one of the operators would run a model."""
+        for operator in operators:
+            try:
+                spec = column_spec(operator.name, operator.parameters, self._model_digest)
+                if spec is not None and spec.models and self._is_whole(spec):
+                    return True
+            except SynthAgentError as error:
+                print(f"{operator.name} is scored anew: {error}", file=sys.stderr)
+        return False
+
     def _scores(
         self, operator: Operator, options: Mapping[str, Any], dataset: Any
     ) -> dict[int, dict[str, Any]] | None:

@@ -13,16 +13,13 @@ Owns the files of a processed dataset: `processed.jsonl` (competition format), `
 from __future__ import annotations
 
 import argparse
-import errno
 import functools
 import hashlib
 import json
 import os
 import random
-import signal
 import sys
 import tempfile
-import traceback
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -42,7 +39,7 @@ from synth_agent.data import (
     write_samples,
 )
 from synth_agent.data_plans import DataPlan, Operator
-from synth_agent.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK, SynthAgentError
+from synth_agent.errors import EXIT_OK, SynthAgentError
 from synth_agent.recipe_checks import check_models, check_options
 from synth_agent.recipes import Recipe, dump_recipe, load_recipe, operators_with_places
 from synth_agent.stages.assemble import assemble, in_order, measure
@@ -51,14 +48,13 @@ from synth_agent.stages.datajuicer import guard
 from synth_agent.stages.large import open_pool, process_large
 from synth_agent.stages.made_pictures import adopt_pictures
 from synth_agent.stages.pictures import check_pictures
+from synth_agent.stages.program import run_program, use_threads
 from synth_agent.stages.progress import StageProgress
 from synth_agent.stages.streaming import stream_branch, why_not_in_chunks
 from synth_agent.workspace import open_workspace
 
 if TYPE_CHECKING:
     from synth_agent.stages.known_scores import KnownScores
-
-EXIT_TERMINATED = 143
 
 
 @dataclass(frozen=True)
@@ -77,37 +73,13 @@ class Processed:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the stage and return its exit code."""
     arguments = _parser().parse_args(argv)
-    signal.signal(signal.SIGTERM, _terminate)
-    # Read when torch is imported. Threads that wait for each other cost small models half the time.
-    os.environ["OMP_NUM_THREADS"] = str(arguments.threads)
-    if "torch" in sys.modules:
-        sys.modules["torch"].set_num_threads(arguments.threads)
-    with StageProgress(arguments.progress) as progress:
-        try:
-            process(arguments, progress)
-        except SynthAgentError as error:
-            traceback.print_exc()
-            progress.error(error)
-            return error.exit_code
-        except KeyboardInterrupt:
-            return EXIT_INTERRUPTED
-        except Exception as error:  # noqa: BLE001  the process's outermost edge
-            traceback.print_exc()
-            described = f"{type(error).__name__}: {error}"
-            if (full := _full_disk(error)) is not None:
-                described = f"{full}: {described}"
-            progress.error(SynthAgentError("Processing failed", described, "see the stage's log"))
-            return EXIT_FAILED
-    return EXIT_OK
+    use_threads(arguments.threads)
 
+    def work(progress: StageProgress) -> int:
+        process(arguments, progress)
+        return EXIT_OK
 
-def _full_disk(error: BaseException | None) -> OSError | None:
-    """Return the full disk that an error comes from; libraries put errors of their own before it."""
-    while error is not None:
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            return error
-        error = error.__cause__ or error.__context__
-    return None
+    return run_program("Processing failed", arguments.progress, work)
 
 
 def process(arguments: argparse.Namespace, progress: StageProgress) -> None:
@@ -205,7 +177,7 @@ class _Job:
         # The first branch draws as a linear recipe would, the others independently of it.
         generator_seed = self.arguments.cap_seed + position - 1
         folder = self.folder / f"branch-{position}"
-        if self.arguments.executor == "ray":
+        if self._is_in_chunks(recipe):
             images = self.arguments.images
             with open_pool(recipe, self.arguments, folder / "operators") as pool:
                 streamed = stream_branch(
@@ -215,6 +187,17 @@ class _Job:
         return run_branch(
             recipe, self.records, self.seed, folder, generator_seed, report, self.known
         )
+
+    def _is_in_chunks(self, recipe: Recipe) -> bool:
+        """Tell whether a branch runs as a linear recipe of so many samples does.
+
+        Scores of a model that are known save more than chunks do, and only the other way takes them.
+        """
+        if self.arguments.executor == "ray":
+            return True
+        if len(self.seed) <= self.arguments.large or why_not_in_chunks(recipe) is not None:
+            return False
+        return self.known is None or not self.known.saves_a_model(recipe.operators)
 
     def measure(self, operator: Operator, rows: Sequence[Mapping[str, Any]]) -> list[float | None]:
         """Measure rows by a filter's statistic."""
@@ -372,10 +355,6 @@ def _write_json(path: Path, value: object) -> None:
     with atomic_file(path) as file:
         json.dump(value, file, indent=1)
         file.write("\n")
-
-
-def _terminate(number: int, frame: object) -> None:
-    raise SystemExit(EXIT_TERMINATED)
 
 
 def _parser() -> argparse.ArgumentParser:

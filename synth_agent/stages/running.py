@@ -16,7 +16,9 @@ from typing import Any
 from synth_agent.data import ROW_ID_FIELD, Sample
 from synth_agent.errors import SynthAgentError
 from synth_agent.stages import endpoint_operators  # noqa: F401  registers them
+from synth_agent.stages.diffusion import with_bounded_draws
 from synth_agent.stages.operators import stand_in
+from synth_agent.stages.program import raise_if_stopped
 
 STATS_FIELD = "__dj__stats__"
 WORKING_METHODS = {"Mapper": "process", "Filter": "compute_stats", "Deduplicator": "compute_hash"}
@@ -47,7 +49,7 @@ def run_operator(operator: Any, dataset: Any, seed: Sequence[Sample], report: Re
     """
     name, total = operator._name, len(dataset)
     if not operator.num_proc:
-        operator = stand_in(operator)
+        operator = with_bounded_draws(stand_in(operator))
     watched = _Watched(operator, dataset, seed, report)
     report(0, total)
     try:
@@ -56,6 +58,7 @@ def run_operator(operator: Any, dataset: Any, seed: Sequence[Sample], report: Re
     except SynthAgentError:
         raise
     except Exception as error:
+        raise_if_stopped()
         reason = str(error).strip().splitlines() or [""]
         raise OperatorFailed(
             "Operator failed",
@@ -102,6 +105,7 @@ class _Watched:
             try:
                 made = work(rows, *arguments, **options)
             except Exception:
+                raise_if_stopped()
                 self._failed = self._culprits(work, ids)
                 raise
             if self._method == "compute_stats":
@@ -140,6 +144,7 @@ class _Watched:
         try:
             do(batch)
         except Exception:  # noqa: BLE001  whatever it is, the caller raises the batch's own error
+            raise_if_stopped()
             return True
         return False
 

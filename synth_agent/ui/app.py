@@ -24,6 +24,8 @@ from synth_agent.ui.backend import Backend, Notebook, WorkspaceBackend
 from synth_agent.ui.messages import (
     Failed,
     NotebookRead,
+    PlannerAnswered,
+    PlannerAsked,
     ProposalRejected,
     ResultsRequested,
     ReviewRequested,
@@ -40,6 +42,7 @@ from synth_agent.ui.screens.planner import PlannerScreen
 from synth_agent.ui.screens.proposal import ProposalScreen
 from synth_agent.ui.screens.results import ResultsScreen
 from synth_agent.ui.screens.run import RunScreen
+from synth_agent.ui.talk import Talk
 from synth_agent.ui.widgets.navigation import Place
 
 if TYPE_CHECKING:
@@ -94,15 +97,18 @@ class SynthAgentApp(App[int]):
         self._is_reading = False
         self._problem = ""
         """What kept the history from being read the last time."""
+        talk = Talk(self.backend)
+        self.home_screen = HomeScreen(self.backend, talk)
         self.run_screen = RunScreen(self.backend)
         self.results_screen = ResultsScreen(self.backend)
+        self.planner_screen = PlannerScreen(self.backend, talk)
         self._places: dict[str, NotebookScreen] = {
-            "home": HomeScreen(self.backend),
+            "home": self.home_screen,
             "run": self.run_screen,
             "results": self.results_screen,
             "history": HistoryScreen(self.backend),
             "data": DataScreen(self.backend),
-            "planner": PlannerScreen(self.backend),
+            "planner": self.planner_screen,
         }
         for name, screen in self._places.items():
             self.add_mode(name, partial(_itself, screen))
@@ -154,21 +160,22 @@ class SynthAgentApp(App[int]):
         if isinstance(self.screen, ErrorScreen):
             return
         if isinstance(error, SynthAgentError):
-            card = ErrorScreen(error.title, error.message, error.hint)
+            words = (error.title, error.message, error.hint)
         else:
             path = self._log_defect(error)
-            card = ErrorScreen(
+            words = (
                 "A defect in synth-agent",
                 f"{type(error).__name__}: {error}",
                 f"The app and the run go on. The details are in {path}",
             )
-        self.push_screen(card)
+        self.push_screen(ErrorScreen(*map(self.backend.without_secrets, words)))
 
     def _log_defect(self, error: BaseException) -> str:
         path = self.backend.app_log()
         path.parent.mkdir(parents=True, exist_ok=True)
+        details = self.backend.without_secrets("".join(traceback.format_exception(error)))
         with path.open("a", encoding="utf-8") as log:
-            log.write(f"{now()}\n{''.join(traceback.format_exception(error))}\n")
+            log.write(f"{now()}\n{details}\n")
         return str(path)
 
     def _handle_exception(self, error: Exception) -> None:
@@ -198,6 +205,17 @@ class SynthAgentApp(App[int]):
     async def _leave_gate(self) -> None:
         if isinstance(self.screen, ProposalScreen):
             await self.pop_screen()
+
+    @on(PlannerAsked)
+    async def _ask_planner(self) -> None:
+        await self.action_go("planner")
+        self.planner_screen.propose()
+
+    @on(PlannerAnswered)
+    def _tell_home(self, message: PlannerAnswered) -> None:
+        proposal = message.answer.proposal
+        if proposal is not None and not message.request.given_up.is_set():
+            self.home_screen.take_proposal(proposal)
 
     @on(RunRequested)
     async def _show_run(self, message: RunRequested) -> None:

@@ -78,6 +78,12 @@ class Backend(Protocol):
         """Name of the baseline recipe."""
         ...
 
+    @property
+    def weights(self) -> Mapping[str, float]:
+        """The user's weighting of the benchmarks; mostly empty."""
+        ...
+
+    def without_secrets(self, text: str) -> str: ...
     def app_log(self) -> Path: ...
     def notebook(self) -> Notebook: ...
     def run(self, run_id: str) -> Run: ...
@@ -101,6 +107,7 @@ class Backend(Protocol):
     def resume(self, run_id: str) -> None: ...
     def cancel(self, run_id: str) -> None: ...
     def compare(self, earlier: str, later: str) -> list[Comparison]: ...
+    def early_words(self, run: Run, history: Sequence[Run]) -> tuple[str, ...]: ...
     def questions(self, run: Run) -> list[Question]: ...
     def changes(self, run: Run) -> list[OperatorChanges]: ...
     def overview(self) -> Overview | None: ...
@@ -136,6 +143,17 @@ class WorkspaceBackend:
     @property
     def baseline(self) -> str:
         return self._workspace.settings.baseline
+
+    @property
+    def weights(self) -> Mapping[str, float]:
+        return self._workspace.settings.weights
+
+    def without_secrets(self, text: str) -> str:
+        """Return a text as it may be shown, sent and kept: no key and no password is in it."""
+        from synth_agent.secrets import redact
+        from synth_agent.workspace import known_secrets
+
+        return redact(text, known_secrets())
 
     def app_log(self) -> Path:
         """Return where the app writes its own defects."""
@@ -377,6 +395,7 @@ class WorkspaceBackend:
     def reject(self, proposal: Proposal, reason: str) -> str:
         from synth_agent import pipeline
 
+        reason = self.without_secrets(reason)
         return pipeline.reject(self._workspace, proposal, reason=reason, by=getpass.getuser())
 
     def launch(self, plan: Plan) -> None:
@@ -398,6 +417,12 @@ class WorkspaceBackend:
         from synth_agent import verdicts
 
         return verdicts.compare_runs(self._workspace, earlier, later)
+
+    def early_words(self, run: Run, history: Sequence[Run]) -> tuple[str, ...]:
+        """Return what the run's loss so far says of its scores, with how often that was right."""
+        from synth_agent.early import early_verdicts
+
+        return tuple(one.words() for one in early_verdicts(run, history))
 
     def questions(self, run: Run) -> list[Question]:
         """Return the run's questions with predictions, each with its parent's score if known."""

@@ -29,9 +29,21 @@ class NotebookRead(Message):
 
 @dataclass
 class NextProposed(Message):
-    """The planner answered; None means that nothing is left to try."""
+    """It is known what comes next; no proposal means that nothing is left to try.
+
+    With a language model nothing is proposed before somebody asks it.
+    """
 
     proposal: Proposal | None
+    model: str = ""
+    """The model that would be asked, and what it has used; empty without one."""
+    note: str = ""
+    """Why the built-in planner proposes although a model is set; empty when none is."""
+
+
+@dataclass
+class PlannerAsked(Message):
+    """The user wants the model to propose, on the screen that shows its answer as it arrives."""
 
 
 @dataclass
@@ -164,6 +176,14 @@ class EventsArrived(Message):
     run_id: str
     events: list[Event]
     is_live: bool
+
+
+@dataclass
+class EarlyJudged(Message):
+    """A run was judged by its loss so far; no words where nothing is measured to go by."""
+
+    run_id: str
+    words: tuple[str, ...]
 
 
 @dataclass

@@ -60,6 +60,15 @@ def number(value: float) -> str:
     return f"{value:.2f}" if size < 10 else f"{value:.1f}"
 
 
+def numbers(values: Sequence[float]) -> list[str]:
+    """Return the labels of one axis, all with as many decimals as the one that needs most."""
+    labels = [number(value) for value in values]
+    if any("e" in label for label in labels):
+        return labels
+    decimals = max((len(label.rstrip("0").partition(".")[2]) for label in labels), default=0)
+    return [f"{value:.{decimals}f}" if value else "0" for value in values]
+
+
 def line_chart(points: Sequence[tuple[float, float]], width: int, height: int) -> list[str]:
     """Return a curve with numbered axes.
 
@@ -97,9 +106,10 @@ def _thinned(points: Sequence[tuple[float, float]], most: int) -> Sequence[tuple
 
 def _y_labels(axis: Axis, rows: int) -> list[str]:
     labels = [""] * rows
-    labels[0], labels[-1] = number(axis.high), number(axis.low)
-    if rows >= 5:
-        labels[rows // 2] = number(axis.high - (axis.high - axis.low) * (rows // 2) / (rows - 1))
+    at = [0, rows // 2, rows - 1] if rows >= 5 else [0, rows - 1]
+    values = [axis.high - (axis.high - axis.low) * row / max(1, rows - 1) for row in at]
+    for row, label in zip(at, numbers(values), strict=True):
+        labels[row] = label
     return labels
 
 
@@ -165,8 +175,7 @@ def interval_line(
 
 def axis_line(axis: Axis, width: int) -> str:
     """Return the axis's ends and middle as numbers, in `width` cells."""
-    left, right = number(axis.low), number(axis.high)
-    middle = number((axis.low + axis.high) / 2)
+    left, middle, right = numbers([axis.low, (axis.low + axis.high) / 2, axis.high])
     if width < len(left) + len(middle) + len(right) + 4:
         return left.ljust(max(0, width - len(right))) + right if width >= 3 else ""
     cells = list(left.ljust(width - len(right)) + right)

@@ -190,7 +190,7 @@ def _told(proposal: Proposal, note: str) -> tuple[Said, ...]:
 
 def problem_words(error: SynthAgentError) -> str:
     """Return an error in a line."""
-    return f"{error.title}: {error.message}" + (f" ({error.hint})" if error.hint else ".")
+    return f"{error.title}: {error.message}" + (f" ({error.hint})." if error.hint else ".")
 
 
 class ToolWatch:

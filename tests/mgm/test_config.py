@@ -40,7 +40,12 @@ def test_published_keys_round_trip(name: str) -> None:
     written = json.loads(json.dumps(config.to_mgm_config()))
     towers = json.loads(json.dumps(config.to_towers()))
     again = ModelConfig.from_mgm_config(written, towers)
-    assert again.language == {**config.language, "tie_word_embeddings": True}
+    assert config.language.items() <= again.language.items()
+    assert again.language.keys() - config.language.keys() <= {
+        "attention_bias",
+        "attention_dropout",
+        "initializer_range",
+    }
     assert again.vision == config.vision
     assert again.high_resolution == {**config.high_resolution, "norm_eps": 1e-6}
     assert again.name == name
@@ -53,21 +58,96 @@ def test_a_published_config_json_keeps_every_key_and_value(golden: Path) -> None
     original = json.loads((folder / "config.json").read_text())
     towers = json.loads((folder / "towers.json").read_text())
     config = ModelConfig.from_mgm_config(original, towers)
-    written = config.to_mgm_config()
+    written = config.to_mgm_config(torch_dtype="float32")
     assert {key: written[key] for key in original} == original
     assert config.language["hidden_act"] == "gelu"
     assert config.vision["image_size"] == 56
     assert config.high_resolution["hidden_sizes"] == [8, 16, 24, 32]
 
 
-def test_a_config_of_the_original_trainer_is_covered_by_ours(golden: Path) -> None:
+@pytest.mark.parametrize("stage", ["stage1", "stage2"])
+def test_what_is_written_is_what_the_original_trainer_writes(
+    golden: Path, tmp_path: Path, stage: str
+) -> None:
     meta = json.loads((golden / "train_run" / "meta.json").read_text())
-    written = set(ModelConfig.preset("mgm-2b").to_mgm_config())
-    stage1 = set(meta["stage1"]["config.json"])
-    assert stage1 - written <= {"torch_dtype", "use_cache", "initializer_range"} | {
-        "attention_bias",
-        "attention_dropout",
+    original, sizes = meta[stage]["config.json"], meta["model"]
+    gemma = {key: value for key, value in original.items() if "mm_" not in key}
+    parts = {
+        "lm": {**gemma, "model_type": "gemma"},
+        "clip": {
+            "model_type": "clip_vision_model",
+            "hidden_size": sizes["clip_hidden"],
+            "image_size": meta["image_size"],
+            "patch_size": sizes["patch"],
+        },
+        "convnext": {
+            "model_type": "convnext",
+            "hidden_sizes": sizes["convnext_dims"],
+            "depths": sizes["convnext_depths"],
+        },
     }
+    for name, content in parts.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps(content))
+    config = ModelConfig.from_parts(
+        *(tmp_path / name for name in parts),
+        image_size_aux=meta["image_size_aux"],
+        tokenizer_model_max_length=meta["model_max_length"],
+        image_aspect_ratio=original["image_aspect_ratio"],
+        vision_tower_path=original["mm_vision_tower"],
+        high_resolution_tower_path=original["mm_vision_tower_aux"],
+    )
+    assert config.to_mgm_config(torch_dtype="float32", is_pretraining=stage == "stage1") == original
+
+
+@pytest.mark.parametrize("extra", [{"a_later_key": [1, {"x": None}]}, {"rope_scaling": None}])
+def test_unknown_keys_are_kept(extra: dict[str, object]) -> None:
+    published = ModelConfig.preset("mgm-2b").to_mgm_config()
+    config = ModelConfig.from_mgm_config({**published, **extra})
+    assert config.to_mgm_config() == {**published, **extra}
+
+
+@pytest.mark.parametrize(
+    "lost",
+    [
+        ("hidden_size",),
+        ("intermediate_size", "num_key_value_heads", "head_dim"),
+        ("mm_projector_type", "mm_vision_select_layer"),
+        ("mm_hidden_size",),
+    ],
+)
+def test_missing_keys_are_all_named(lost: tuple[str, ...]) -> None:
+    published = ModelConfig.preset("mgm-2b").to_mgm_config()
+    kept = {key: value for key, value in published.items() if key not in lost}
+    with pytest.raises(InputError) as error:
+        ModelConfig.from_mgm_config(kept)
+    assert all(key in error.value.message for key in lost)
+    assert "config.json" in error.value.message
+
+
+@pytest.mark.parametrize("value", ["2048", 0, 2048.5])
+def test_a_size_that_is_no_number_is_named(value: object) -> None:
+    published = ModelConfig.preset("mgm-2b").to_mgm_config()
+    with pytest.raises(InputError, match="intermediate_size ="):
+        ModelConfig.from_mgm_config({**published, "intermediate_size": value})
+
+
+def test_a_bare_language_model_is_not_taken_for_the_whole() -> None:
+    with pytest.raises(InputError, match="model_type = 'gemma'") as error:
+        ModelConfig.from_mgm_config({"model_type": "gemma", "hidden_size": 2048})
+    assert "--language-model" in error.value.hint
+
+
+@pytest.mark.parametrize("lost", ["clip_vision", "convnext_aux", "dims"])
+def test_an_incomplete_towers_json_is_named(lost: str) -> None:
+    config = ModelConfig.preset("mgm-mini")
+    towers = config.to_towers()
+    if lost == "dims":
+        del towers["convnext_aux"]["dims"]
+    else:
+        del towers[lost]
+    with pytest.raises(InputError, match=rf"towers\.json.*{lost}"):
+        ModelConfig.from_mgm_config(config.to_mgm_config(), towers)
 
 
 def test_without_towers_json_only_the_published_widths_are_known(golden: Path) -> None:
@@ -113,7 +193,9 @@ def _write_parts(root: Path) -> tuple[Path, Path, Path]:
         },
         "convnext": {
             "open_clip_config.json": {
-                "model_cfg": {"vision_cfg": {"timm_model_name": "convnext_large"}},
+                "model_cfg": {
+                    "vision_cfg": {"timm_model_name": "convnext_large", "timm_drop_path": 0.2}
+                },
                 "preprocess_cfg": {"mean": [0.1, 0.2, 0.3], "std": [1, 1, 1]},
             }
         },
@@ -131,6 +213,9 @@ _GEMMA = {
     "hidden_size": 128,
     "num_hidden_layers": 6,
     "num_attention_heads": 4,
+    "intermediate_size": 384,
+    "num_key_value_heads": 1,
+    "head_dim": 32,
     "hidden_activation": "gelu_pytorch_tanh",
     "hidden_act": "gelu",
 }
@@ -143,6 +228,7 @@ def test_parts_are_read_from_their_folders(tmp_path: Path) -> None:
     assert config.vision["hidden_size"] == 96
     assert config.vision["num_hidden_layers"] == 12, "keys left out have the library's defaults"
     assert config.high_resolution["hidden_sizes"] == [192, 384, 768, 1536]
+    assert config.high_resolution["drop_path_rate"] == 0.2, "as its file says"
     assert config.image_mean == (0.1, 0.2, 0.3)
     assert config.image_size_aux == 7 * 32, "one patch covers 8 x 8 cells of 4 pixels"
     assert config.name == "assembled"

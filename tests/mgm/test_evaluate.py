@@ -142,6 +142,23 @@ def test_textvqa_run_writes_predictions_kit_file_and_score(
     assert records[-1]["samples_per_second"] > 0
 
 
+def test_fast_numerics_answer_like_the_reference(
+    checkpoint: Path, textvqa_files: tuple[Path, Path], mmbench_file: Path, tmp_path: Path
+) -> None:
+    for name in ("fast", "reference"):
+        more = ("--numerics", name, "--batch-size", "4")
+        assert run_textvqa(checkpoint, textvqa_files, tmp_path / name / "t", *more) == 0
+        assert run_mmbench(checkpoint, mmbench_file, tmp_path / name / "m", *more) == 0
+        score = json.loads((tmp_path / name / "t" / "score.json").read_text())
+        assert score["decoding"]["numerics"] == name
+    for benchmark in "tm":
+        fast, reference = (
+            (tmp_path / name / benchmark / "predictions.jsonl").read_bytes()
+            for name in ("fast", "reference")
+        )
+        assert fast == reference
+
+
 def sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
@@ -395,7 +412,7 @@ def test_old_score_does_not_outlive_a_failed_run(
     def fail(*arguments: object) -> None:
         raise RuntimeError("stop")
 
-    monkeypatch.setattr(generate.Answerer, "answer", fail)
+    monkeypatch.setattr(generate.Answerer, "answer_batches", fail)
     with pytest.raises(RuntimeError):
         run_textvqa(checkpoint, textvqa_files, tmp_path)
     assert not (tmp_path / "score.json").exists()

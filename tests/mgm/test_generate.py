@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -13,9 +14,12 @@ from transformers import AutoTokenizer
 
 from mgm import generate
 from mgm.checkpoint import load_full
+from mgm.decoding import PackedDecoder, Started
 from mgm.errors import InputError
-from mgm.generate import Answerer, Decoding, Request
-from mgm.model import IMAGE_TOKEN_ID, MGM
+from mgm.generate import Answerer
+from mgm.model import IMAGE_TOKEN_ID, MGM, TowerFeatures
+from mgm.padded_decoding import PaddedBatch
+from mgm.request import Decoding, Request
 
 GOLDEN = Path(__file__).parent.parent / "data" / "golden" / "model_a"
 EOS, END_OF_TURN_ID, NEWLINE = 1, 11, 12
@@ -147,20 +151,75 @@ def test_a_batch_that_does_not_fit_is_halved(
 ) -> None:
     expected = Answerer(model, pictures.__getitem__, Decoding(3, NEVER)).answer(requests)
     sizes: list[int] = []
-    decode = generate._decode_greedily
+    start = PackedDecoder.start
 
-    def with_little_memory(model: MGM, rows: list[Tensor], decoding: Decoding) -> list[list[int]]:
-        sizes.append(len(rows))
-        if len(rows) > 4:
+    def with_little_memory(
+        decoder: PackedDecoder, batch: Sequence[Request], rows: dict[str, Tensor]
+    ) -> object:
+        sizes.append(len(batch))
+        if len(batch) > 4:
             raise torch.OutOfMemoryError
-        return decode(model, rows, decoding)
+        return start(decoder, batch, rows)
 
-    monkeypatch.setattr(generate, "_decode_greedily", with_little_memory)
+    monkeypatch.setattr(PackedDecoder, "start", with_little_memory)
     answerer = Answerer(model, pictures.__getitem__, Decoding(3, NEVER))
     assert answerer.answer(requests) == expected
     assert sizes == [12, 6, 3, 3, 3, 3]
     assert answerer.answer(requests[:6]) == expected[:6]
     assert sizes[6:] == [3, 3]
+    sizes.clear()
+    streaming = Answerer(model, pictures.__getitem__, Decoding(3, NEVER))
+    found = list(streaming.answer_batches([requests[:6], requests[6:]]))
+    assert found == [expected[:6], expected[6:]]
+    assert sizes == [6, 3, 3, 3, 3]
+
+
+@pytest.mark.parametrize("numerics", ["fast", "reference"])
+def test_a_batch_that_stops_fitting_while_it_is_continued_is_halved(
+    model: MGM,
+    requests: list[Request],
+    pictures: dict[str, Tensor],
+    monkeypatch: pytest.MonkeyPatch,
+    numerics: generate.Numerics,
+) -> None:
+    expected = Answerer(model, pictures.__getitem__, Decoding(3, NEVER)).answer(requests)
+    answerer = Answerer(model, pictures.__getitem__, Decoding(3, NEVER), numerics=numerics)
+    finish, sizes = answerer.decoder.finish, []
+
+    def with_little_memory(batch: PaddedBatch | Started) -> list[list[int]]:
+        sizes.append(batch.num_rows)
+        if batch.num_rows > 4:
+            raise torch.OutOfMemoryError
+        return finish(batch)
+
+    monkeypatch.setattr(answerer.decoder, "finish", with_little_memory)
+    found = list(answerer.answer_batches([requests[:6], requests[6:]]))
+    assert found == [expected[:6], expected[6:]]
+    assert sizes == [6, 3, 3, 3, 3]
+
+
+def test_pictures_that_do_not_fit_together_are_encoded_in_smaller_groups(
+    model: MGM, requests: list[Request], pictures: dict[str, Tensor]
+) -> None:
+    sizes: list[int] = []
+
+    def with_little_memory(images: Tensor | None, images_aux: Tensor) -> TowerFeatures:
+        sizes.append(len(images_aux))
+        if len(images_aux) > 2:
+            raise torch.OutOfMemoryError
+        return model.towers(images, images_aux)
+
+    decoding = Decoding(3, NEVER)
+    answerer = Answerer(model, pictures.__getitem__, decoding, towers=with_little_memory)
+    expected = Answerer(model, pictures.__getitem__, decoding).answer(requests)
+    assert answerer.answer(requests) == expected
+    assert sizes[-1] <= 2 < sizes[0]
+
+    def without_memory(images: Tensor | None, images_aux: Tensor) -> TowerFeatures:
+        raise torch.OutOfMemoryError
+
+    with pytest.raises(InputError, match="one picture alone"):
+        Answerer(model, pictures.__getitem__, decoding, towers=without_memory).answer(requests)
 
 
 def test_one_request_that_does_not_fit_is_an_input_error(
@@ -169,11 +228,11 @@ def test_one_request_that_does_not_fit_is_an_input_error(
     pictures: dict[str, Tensor],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def without_memory(*arguments: object) -> list[list[int]]:
+    def without_memory(*arguments: object) -> Started:
         raise torch.OutOfMemoryError
 
-    monkeypatch.setattr(generate, "_decode_greedily", without_memory)
-    with pytest.raises(InputError, match="Out of memory"):
+    monkeypatch.setattr(PackedDecoder, "start", without_memory)
+    with pytest.raises(InputError, match="one question alone"):
         Answerer(model, pictures.__getitem__, Decoding(3, NEVER)).answer(requests[:2])
 
 

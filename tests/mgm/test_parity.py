@@ -74,9 +74,21 @@ def test_a_changed_run_is_reported(golden: Path, tmp_path: Path) -> None:
     meta = json.loads(path.read_text())
     meta["stage1"]["log"][4]["loss"] += 0.001
     meta["lora"]["log"][0]["grad_norm"] *= 1.01
+    meta["stage2"]["param_groups"][0]["n_params"] += 1
     path.write_text(json.dumps(meta))
     failed = {(c.case, c.quantity): c.detail for c in find_checks(tmp_path) if not c.is_ok}
-    assert failed == {("stage1", "loss"): "step 5", ("lora", "grad_norm (relative)"): "step 1"}
+    groups = "optimizer groups (rate, tensors)"
+    details = {key: failed[key] for key in failed if key[1] != groups}
+    assert details == {
+        ("stage1", "loss"): "step 5",
+        ("stage1, fast", "loss"): "step 5",
+        ("lora", "grad_norm (relative)"): "step 1",
+        ("lora, fast", "grad_norm (relative)"): "step 1",
+    }
+    assert {key for key in failed if key[1] == groups} == {
+        ("stage2", groups),
+        ("stage2, fast", groups),
+    }
 
 
 def _write_model_folder(folder: Path) -> None:

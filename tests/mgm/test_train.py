@@ -313,17 +313,6 @@ def test_pretraining_uses_square_pictures_and_the_gemma_template(
     assert "<start_of_turn>user" in text
 
 
-def test_several_processes_are_refused(
-    parts: dict[str, Path],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    assert main(flags(parts, tmp_path / "output")) == 2
-    assert "WORLD_SIZE = 2" in capsys.readouterr().err
-
-
 def test_cached_features_give_the_same_weights(parts: dict[str, Path], tmp_path: Path) -> None:
     for name, cached in (("cached", True), ("fresh", False)):
         arguments = flags(

@@ -36,8 +36,8 @@ def test_a_falling_line_goes_from_the_top_left_to_the_bottom_right() -> None:
 
 def test_the_axes_carry_the_ends_as_numbers() -> None:
     chart = line_chart([(10, 1.0), (200, 4.0)], 50, 8)
-    assert chart[0].lstrip().startswith("4 ┤")
-    assert chart[-2].lstrip().startswith("1 ┤")
+    assert chart[0].lstrip().startswith("4.0 ┤")
+    assert chart[-2].lstrip().startswith("1.0 ┤")
     assert chart[-1].split() == ["10", "200"]
     assert len(chart) == 8
     assert all(len(row) <= 50 for row in chart)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from textual import on, work
 from textual.app import ComposeResult
 from textual.binding import Binding
@@ -16,7 +18,7 @@ from synth_agent.ui.screens.base import NotebookScreen
 from synth_agent.ui.text import clean
 from synth_agent.ui.widgets.drawing import Drawing
 from synth_agent.ui.widgets.recipe_diff import difference_content
-from synth_agent.ui.widgets.scoreboard import benchmarks, difference_block, forest
+from synth_agent.ui.widgets.scoreboard import benchmarks, difference_block, forest, weighted_lines
 from synth_agent.ui.widgets.stages import sample_counts
 
 
@@ -66,7 +68,9 @@ class CompareScreen(NotebookScreen):
     def _show_comparison(self, message: RunsCompared) -> None:
         changes = difference_content(message.difference)
         self.query_one("#compare-differences", Drawing).show(
-            lambda width, height: comparison_words(message.comparisons, message.problem, width)
+            lambda width, height: comparison_words(
+                message.comparisons, message.problem, width, self.backend.weights
+            )
         )
         self.query_one("#compare-recipe", Drawing).show(lambda width, height: changes)
 
@@ -85,10 +89,13 @@ def scores_of_two(rows: list[tuple[str, Run]], width: int) -> Content:
     return Content("\n\n").join(blocks) if blocks else Content("Neither run has a score.")
 
 
-def comparison_words(comparisons: list[Comparison], problem: str, width: int) -> Content:
+def comparison_words(
+    comparisons: list[Comparison], problem: str, width: int, weights: Mapping[str, float]
+) -> Content:
     """Return the differences, or why there are none."""
     if problem:
         return Content.styled(clean(problem), "$warning")
     if not comparisons:
         return Content.styled("No benchmark was answered by both runs.", "$foreground-muted")
-    return Content("\n").join(difference_block(comparison, width) for comparison in comparisons)
+    lines = [difference_block(comparison, width) for comparison in comparisons]
+    return Content("\n").join([*lines, *weighted_lines(comparisons, weights, width)])

@@ -12,9 +12,16 @@ from textual.widgets import Button
 from synth_agent.errors import SynthAgentError
 from synth_agent.runs import Proposal, Run
 from synth_agent.ui.backend import Backend, Notebook
-from synth_agent.ui.messages import Failed, NextProposed, ReviewRequested, RunRequested
+from synth_agent.ui.messages import (
+    Failed,
+    NextProposed,
+    PlannerAsked,
+    ReviewRequested,
+    RunRequested,
+)
 from synth_agent.ui.screens.base import NotebookScreen
 from synth_agent.ui.screens.rules import RulesScreen
+from synth_agent.ui.talk import Talk
 from synth_agent.ui.text import clean
 from synth_agent.ui.widgets.drawing import Drawing
 from synth_agent.ui.widgets.overview import (
@@ -36,9 +43,11 @@ class HomeScreen(NotebookScreen):
         Binding("r", "rules", "Standing rules", id="home.rules"),
     ]
 
-    def __init__(self, backend: Backend) -> None:
+    def __init__(self, backend: Backend, talk: Talk) -> None:
         super().__init__(backend)
+        self._talk = talk
         self._next: Proposal | None = None
+        self._model, self._note = "", ""
         self._is_planned = False
         self._problem = ""
         self._planned_for: object = None
@@ -78,7 +87,9 @@ class HomeScreen(NotebookScreen):
         goal = goal_content(self.backend.goal, notebook)
         self.query_one("#goal", Drawing).show(lambda width, height: goal)
         self.query_one("#scores", Drawing).show(
-            lambda width, height: scores_content(notebook, self.backend.baseline, width)
+            lambda width, height: scores_content(
+                notebook, self.backend.baseline, width, self.backend.weights
+            )
         )
         self.query_one("#recent", Drawing).show(
             lambda width, height: recent_content(notebook, width)
@@ -89,8 +100,14 @@ class HomeScreen(NotebookScreen):
         )
 
     def _plan_again(self) -> None:
-        self._is_planned, self._problem = False, ""
+        self._next, self._is_planned, self._problem = None, False, ""
         self._plan()
+
+    def take_proposal(self, proposal: Proposal) -> None:
+        """Offer what the model has proposed on the planner's screen."""
+        self._next = proposal
+        if self.notebook is not None:
+            self._show_next(self.notebook)
 
     @on(Failed)
     def _keep_problem(self, message: Failed) -> None:
@@ -102,11 +119,17 @@ class HomeScreen(NotebookScreen):
 
     @work(thread=True, exclusive=True, exit_on_error=False, group="plan")
     def _plan(self) -> None:
-        self.post_message(NextProposed(self.backend.next_proposal()))
+        state, problem = self._talk.state()
+        if state.has_model:
+            self.post_message(NextProposed(None, state.words))
+        else:
+            self.post_message(NextProposed(self.backend.next_proposal(), note=problem))
 
     @on(NextProposed)
     def _keep_next(self, message: NextProposed) -> None:
-        self._next, self._is_planned = message.proposal, True
+        self._is_planned, self._model, self._note = True, message.model, message.note
+        # What the model has proposed meanwhile stays.
+        self._next = message.proposal or self._next
         if self.notebook is not None:
             self._show_next(self.notebook)
 
@@ -133,12 +156,18 @@ class HomeScreen(NotebookScreen):
             return _words("The planner could not propose.", f"{self._problem}  p tries again."), ""
         if not self._is_planned:
             return _words("The planner is reading the history…", ""), ""
+        if self._next is None and self._model:
+            asked = f"Who: {clean(self._model)}"
+            return _words("The language model proposes when it is asked.", asked), "Ask it  p"
         if self._next is None:
             return _words("Every recipe was tried or rejected.", "Add one to recipes/."), ""
         kind = f"{self._next.kind}, recipe {clean(self._next.recipe['name'])}"
-        return _words(clean(self._next.title), f"Proposed and waiting for you: {kind}"), (
-            "Review it  p"
-        )
+        words = [f"Proposed and waiting for you: {kind}"]
+        if self._note:
+            words.append(f"{clean(self._note)} The built-in planner proposed this.")
+        elif self._model:
+            words.append(f"By {clean(self._next.proposed_by)}; 6 asks for another")
+        return _words(clean(self._next.title), "\n".join(words)), "Review it  p"
 
     @on(Button.Pressed, "#next-action")
     def _do_next(self) -> None:
@@ -152,6 +181,8 @@ class HomeScreen(NotebookScreen):
     def action_propose(self) -> None:
         if self._next is not None:
             self.post_message(ReviewRequested(self._next))
+        elif self._is_planned and self._model:
+            self.post_message(PlannerAsked())
         elif self._is_planned:
             self.notify("Every recipe was tried or rejected.", markup=False)
         elif self._problem:

@@ -53,9 +53,10 @@ class PlannerScreen(NotebookScreen):
         Binding("escape", "leave", "Stop, back", id="planner.back"),
     ]
 
-    def __init__(self, backend: Backend) -> None:
+    def __init__(self, backend: Backend, talk: Talk) -> None:
         super().__init__(backend)
-        self._talk = Talk(backend)
+        self._talk = talk
+        self._has_begun, self._is_wanted = False, False
         self._said: list[Said] = []
         self._request: Request | None = None
         """What is waited for; None when nothing is."""
@@ -98,13 +99,21 @@ class PlannerScreen(NotebookScreen):
 
     @on(PlannerReady)
     def _greet(self, message: PlannerReady) -> None:
-        self._state = message.state
+        self._state, self._has_begun = message.state, True
         self._add(*message.said)
+        if self._is_wanted:
+            self.propose()
+
+    def propose(self) -> None:
+        """Ask for a proposal on behalf of another screen, once this one knows whom to ask."""
+        self._is_wanted = not self._has_begun
+        if self._has_begun:
+            self.action_propose()
 
     @on(Input.Submitted)
     def _submit(self, event: Input.Submitted) -> None:
         event.stop()
-        text = event.value.strip()
+        text = self.backend.without_secrets(event.value.strip())
         command, _, rest = text.partition(" ")
         if not text:
             return

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from rich.text import Text
@@ -24,7 +24,13 @@ from synth_agent.ui.questions import Question
 from synth_agent.ui.screens.base import NotebookScreen
 from synth_agent.ui.text import clean, fit, shorten
 from synth_agent.ui.widgets.drawing import Drawing
-from synth_agent.ui.widgets.scoreboard import benchmarks, difference_block, forest, verdict_words
+from synth_agent.ui.widgets.scoreboard import (
+    benchmarks,
+    difference_block,
+    forest,
+    verdict_words,
+    weighted_lines,
+)
 from synth_agent.wording import benchmark_name
 
 FILTERS = ("all", "wrong", "right", "changed")
@@ -130,7 +136,9 @@ class ResultsScreen(NotebookScreen):
         self.query_one("#forest", Drawing).show(
             lambda width, height: Content("\n\n").join(forest(rows, n, width) for n in names)
         )
-        self.query_one("#against", Drawing).show(lambda width, height: against_content(run, width))
+        self.query_one("#against", Drawing).show(
+            lambda width, height: against_content(run, width, self.backend.weights)
+        )
         self.query_one("#categories", Drawing).show(
             lambda width, height: categories_content(run, parent, width)
         )
@@ -257,15 +265,17 @@ def question_content(question: Question) -> Content:
     return Content("\n").join(lines)
 
 
-def against_content(run: Run, width: int) -> Content:
-    """Return the run's differences from its parent, one line a benchmark."""
+def against_content(run: Run, width: int, weights: Mapping[str, float]) -> Content:
+    """Return the run's differences from its parent, benchmark by benchmark, and as they are weighed."""
     if not run.comparisons:
         return Content.styled(
             "Compared with nothing: this is where comparisons start.", "$foreground-muted"
         )
     parent = next(iter(run.comparisons.values())).parent
     head = Content.styled(f"against {clean(parent)}", "$foreground-muted")
-    lines = [difference_block(comparison, width) for comparison in run.comparisons.values()]
+    comparisons = list(run.comparisons.values())
+    lines = [difference_block(comparison, width) for comparison in comparisons]
+    lines += weighted_lines(comparisons, weights, width)
     return Content("\n").join([head, *lines])
 
 

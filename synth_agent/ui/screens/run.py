@@ -15,6 +15,7 @@ from synth_agent.runs import STAGES, EventTail, Run, StageState
 from synth_agent.ui.backend import Backend, Notebook
 from synth_agent.ui.messages import (
     CancelRequested,
+    EarlyJudged,
     EventsArrived,
     LogRead,
     ResultsRequested,
@@ -24,13 +25,14 @@ from synth_agent.ui.messages import (
 from synth_agent.ui.plots import line_chart
 from synth_agent.ui.screens.base import NotebookScreen
 from synth_agent.ui.screens.confirm import ConfirmScreen
-from synth_agent.ui.text import STATES, VERDICTS, clean, last_return
+from synth_agent.ui.text import STATES, VERDICTS, clean, fit, last_return
 from synth_agent.ui.widgets.drawing import Drawing
 from synth_agent.ui.widgets.stages import current_stage, numbers_line, stage_lines
 
 _POLL_SECONDS = 0.22
 _LOG_EVERY = 3
 """The log is read at every third poll."""
+_EARLY_INDENT = 7
 _RESUMABLE = ("interrupted", "failed", "cancelled", "approved")
 
 
@@ -53,6 +55,8 @@ class RunScreen(NotebookScreen):
         self._is_live = False
         self._is_polling = False
         self._polls = 0
+        self._judged: object = None
+        """For which run and how much of its first stage the early verdict was asked."""
         self._stage: str | None = None
         """The stage that the user chose to look at; None follows the run."""
 
@@ -65,6 +69,7 @@ class RunScreen(NotebookScreen):
         with VerticalScroll(id="run", can_focus=False):
             yield Drawing(id="run-head")
             yield Drawing(id="stages", classes="panel")
+            yield Drawing(id="early")
             with Horizontal(id="run-panels", classes="columns"):
                 with Vertical(id="curve-panel", classes="panel"):
                     yield Drawing(id="numbers")
@@ -76,6 +81,7 @@ class RunScreen(NotebookScreen):
         self.query_one("#stages").border_title = "Stages"
         self.query_one("#log-panel", VerticalScroll).anchor()
         self.query_one("#log-panel").focus()
+        self.query_one("#early").display = False
         self._show_nothing()
         if self._wanted is not None:
             self._open(self._wanted)
@@ -93,6 +99,8 @@ class RunScreen(NotebookScreen):
             self.open(known)
         elif self._run is not None and not self._is_live:
             self._adopt(notebook.run(self._run.id))
+        if self._run is not None:
+            self._judge_early(self._run)
 
     def _adopt(self, run: Run | None) -> None:
         """Take over what another process made of a run that is not polled."""
@@ -128,7 +136,31 @@ class RunScreen(NotebookScreen):
         elif run.status == "interrupted" and self._is_live:
             run.status = "running"
         self._redraw(run)
+        self._judge_early(run)
         self.refresh_bindings()
+
+    def _judge_early(self, run: Run) -> None:
+        """Have the loss judged once for every quarter of the first stage, while no score is there."""
+        stage = run.stages["pretrain"]
+        done, total = stage.progress.get("step") or 0, stage.progress.get("total") or 0
+        quarter = 4 * done // total if total and not run.scores else 0
+        asked = (run.id, quarter)
+        if self.notebook is not None and asked != self._judged:
+            self._judged = asked
+            self.query_one("#early").display = False
+            if quarter:
+                self._ask_early(run, self.notebook.runs)
+
+    @work(thread=True, exclusive=True, exit_on_error=False, group="early")
+    def _ask_early(self, run: Run, history: tuple[Run, ...]) -> None:
+        self.post_message(EarlyJudged(run.id, self.backend.early_words(run, history)))
+
+    @on(EarlyJudged)
+    def _show_early(self, message: EarlyJudged) -> None:
+        if self._run is not None and message.run_id == self._run.id and not self._run.scores:
+            early = self.query_one("#early", Drawing)
+            early.display = bool(message.words)
+            early.show(lambda width, height: early_content(message.words, width))
 
     def _poll(self) -> None:
         watched = self._is_live or (self._run is not None and self._run.status == "approved")
@@ -304,6 +336,16 @@ def head_content(run: Run) -> Content:
     lines += [
         Content.styled("note: " + clean(note), "$foreground-muted") for note in run.notes[-2:]
     ]
+    return Content("\n").join(lines)
+
+
+def early_content(words: tuple[str, ...], width: int) -> Content:
+    """Return early verdicts, one a benchmark, wrapped beside their name."""
+    lines: list[Content] = []
+    for one in words:
+        for line in Content(clean(one)).wrap(max(10, width - _EARLY_INDENT)):
+            label = fit("Early" if not lines else "", _EARLY_INDENT)
+            lines.append(Content.assemble((label, "$foreground-muted"), line))
     return Content("\n").join(lines)
 
 

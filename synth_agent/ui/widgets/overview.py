@@ -5,12 +5,14 @@ Pure functions from a notebook to `Content`.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from textual.content import Content
 
 from synth_agent.runs import Rejection, Run
 from synth_agent.ui.backend import Notebook
 from synth_agent.ui.text import STATES, VERDICTS, clean, clock, fit, shorten
-from synth_agent.ui.widgets.scoreboard import benchmarks, difference_line, forest
+from synth_agent.ui.widgets.scoreboard import benchmarks, difference_line, forest, weighted_lines
 from synth_agent.ui.widgets.stages import current_stage, progress_words
 from synth_agent.wording import benchmark_name
 
@@ -38,21 +40,27 @@ def baseline_run(notebook: Notebook, recipe: str) -> Run | None:
     return found[-1] if found else None
 
 
-def best_run(notebook: Notebook, baseline: Run | None) -> Run | None:
-    """Return the run with the highest mean score among those compared with the baseline."""
+def best_run(notebook: Notebook, baseline: Run | None, weights: Mapping[str, float]) -> Run | None:
+    """Return the run with the highest mean score, as the user weighs it, of those with the baseline."""
     others = [
         run
         for run in finished_runs(notebook)
         if baseline is not None and run.plan.proposal.parent == baseline.id
     ]
-    return max(others, key=_mean_score, default=None)
+    return max(others, key=lambda run: _mean_score(run, weights), default=None)
 
 
-def _mean_score(run: Run) -> float:
-    return sum(score.percent for score in run.scores.values()) / len(run.scores)
+def _mean_score(run: Run, weights: Mapping[str, float]) -> float:
+    shares = {name: weights.get(name, 0.0) if weights else 1.0 for name in run.scores}
+    total = sum(shares.values())
+    return (
+        sum(share * run.scores[n].percent for n, share in shares.items()) / total if total else 0.0
+    )
 
 
-def scores_content(notebook: Notebook, baseline_name: str, width: int) -> Content:
+def scores_content(
+    notebook: Notebook, baseline_name: str, width: int, weights: Mapping[str, float]
+) -> Content:
     """Return the baseline and the best run per benchmark, and their difference in words."""
     baseline = baseline_run(notebook, baseline_name)
     if baseline is None:
@@ -60,7 +68,7 @@ def scores_content(notebook: Notebook, baseline_name: str, width: int) -> Conten
             "No score yet. The baseline comes first: every later run is compared with it.",
             "$foreground-muted",
         )
-    best = best_run(notebook, baseline)
+    best = best_run(notebook, baseline, weights)
     rows = [(baseline.id, baseline)] + ([(best.id, best)] if best else [])
     blocks = [forest(rows, name, width) for name in benchmarks([run for _, run in rows])]
     if best is None:
@@ -68,7 +76,9 @@ def scores_content(notebook: Notebook, baseline_name: str, width: int) -> Conten
     else:
         lines = [difference_line(comparison, width) for comparison in best.comparisons.values()]
         count = sum(1 for r in finished_runs(notebook) if r.plan.proposal.parent == baseline.id)
-        caution = f"Best of {count}: the highest of several runs is lucky in part."
+        by = "your weighting" if weights else "the mean score"
+        caution = f"Best of {count} by {by}: the highest of several runs is lucky in part."
+        lines += weighted_lines(list(best.comparisons.values()), weights, width)
         lines += [Content.styled(caution, "$foreground-muted")] if count > 1 else []
         blocks.append(Content("\n").join(lines))
     return Content("\n\n").join(blocks)

@@ -5,18 +5,21 @@ Pure functions from runs to `Content`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
+from rich.cells import cell_len
 from textual.content import Content
 
 from synth_agent.runs import Comparison, Run, Score
 from synth_agent.ui.plots import Axis, axis_line, interval_line, nice_axis
-from synth_agent.ui.text import VERDICTS, clean, fit, shorten
+from synth_agent.ui.text import VERDICTS, clean, fit
 from synth_agent.wording import basis_words, benchmark_name
 
 CHANCE_MARK = "┊"
 _NUMBERS = 21
 """Cells of ` 54.2 [50.2, 58.1]` and its margin."""
+_LEAST_BASIS = 20
+"""Cells below which a part of what an interval rests on says nothing."""
 
 
 def forest(rows: Sequence[tuple[str, Run]], benchmark: str, width: int) -> Content:
@@ -79,18 +82,27 @@ def _row(label: str, score: Score | None, axis: Axis, label_width: int, plot_wid
 def difference_line(comparison: Comparison, width: int) -> Content:
     """Return a difference with its interval and verdict in one line."""
     sign = VERDICTS[comparison.verdict]
-    basis = _basis(comparison)
-    return Content.assemble(
+    figure = Content.assemble(
         f"{fit(benchmark_name(comparison.benchmark), 9)}",
         (f"{comparison.difference:+5.1f} points", "bold"),
         (f" [{comparison.low:+.1f}, {comparison.high:+.1f}]  ", "$foreground-muted"),
         (sign.text, f"bold ${sign.style}"),
-        (shorten(basis, max(0, width - 50)) if width >= 64 else "", "$foreground-muted"),
     )
+    room = width - figure.cell_length
+    if room < _LEAST_BASIS:
+        return figure
+    return Content.assemble(figure, (_whole_parts(_basis(comparison), room), "$foreground-muted"))
+
+
+def _whole_parts(text: str, room: int) -> str:
+    """Return as much of a list of facts as fits, none of them cut in the middle."""
+    parts = text.split(", ")
+    fitting = [", ".join(parts[:count]) for count in range(1, len(parts) + 1)]
+    return next((one for one in reversed(fitting) if cell_len(one) <= room), "")
 
 
 def _basis(comparison: Comparison) -> str:
-    """Return the most telling part of what an interval rests on, since a line cuts the rest off."""
+    """Return what an interval rests on, the most telling first, since a line leaves off the rest."""
     if not comparison.basis or comparison.expected is None or comparison.seed_sd is None:
         return f"  {comparison.num_questions:,} questions, 95 % paired interval"
     assumed = " assumed" if comparison.assumed else ""
@@ -109,6 +121,30 @@ def difference_block(comparison: Comparison, width: int) -> Content:
         words = basis_words(comparison.difference, comparison.expected, basis, power)
         lines += _wrapped(words, width)
     return Content("\n").join(lines)
+
+
+def weighted_lines(
+    comparisons: Sequence[Comparison], weights: Mapping[str, float], width: int
+) -> list[Content]:
+    """Return the difference in the user's weighting and what it is made of; none without weights."""
+    from synth_agent.weighting import (
+        weigh,  # here: numpy, which an app without weights need not load
+    )
+
+    weighted = weigh(comparisons, weights)
+    if weighted is None:
+        return []
+    lines = _wrapped(weighted.words(), width)
+    if (one := weighted.judgement) is not None:
+        sign = VERDICTS[one.outcome]
+        figure = Content.assemble(
+            fit("Weighted", 9),
+            (f"{one.points:+5.1f} points", "bold"),
+            (f" [{one.low:+.1f}, {one.high:+.1f}]  ", "$foreground-muted"),
+            (sign.text, f"bold ${sign.style}"),
+        )
+        lines = [figure, *lines]
+    return lines
 
 
 def _wrapped(words: str, width: int) -> list[Content]:

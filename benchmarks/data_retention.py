@@ -1,16 +1,13 @@
 """How long does it take to know what a recipe keeps, and to ask the statistics table?
 
-    python benchmarks/retention.py
-    python benchmarks/retention.py --rows 100000 --repeats 50
-
-Writes a table of made-up scores to a temporary folder, one picture for most samples, two or none for
-some. Then it moves one threshold at a time, as somebody does who looks for a recipe, and times every
-answer. Reading the table from disk happens once and is its own row. Prints a Markdown table.
+A part of `benchmarks/data.py`, which runs it. Writes a table of made-up scores to a temporary folder,
+one picture for most samples, two or none for some. Then it moves one threshold at a time, as somebody
+does who looks for a recipe, and times every answer. Reading the table from disk happens once and is its
+own row.
 """
 
 from __future__ import annotations
 
-import argparse
 import os
 import tempfile
 import time
@@ -49,12 +46,11 @@ STEPS: tuple[Step, ...] = (
 DEDUPLICATOR = Operator("document_deduplicator", {"lowercase": True})
 
 
-def main() -> None:
-    """Make the table, time the answers, print them."""
-    options = parse_arguments()
+def print_retention(num_rows: int, repeats: int) -> None:
+    """Make a table of that many samples, time the answers, print them."""
     generator = np.random.default_rng(0)
     with tempfile.TemporaryDirectory() as folder:
-        make_table(Path(folder), options.rows, generator)
+        make_table(Path(folder), num_rows, generator)
         started = time.perf_counter()
         table = StatisticsTable.open(Path(folder), DATA)
         cold = retention(recipe([]), table, str)
@@ -65,9 +61,9 @@ def main() -> None:
         rows = [
             ("opening the table and the first answer", [first]),
             ("first answer with document_deduplicator", [hashes]),
-            *answers(table, generator, options.repeats),
+            *answers(table, generator, repeats),
         ]
-    print(f"{options.rows:,} samples, {len(STEPS)} filters, {os.cpu_count()} CPU cores;", end=" ")
+    print(f"{num_rows:,} samples, {len(STEPS)} filters, {os.cpu_count()} CPU cores;", end=" ")
     print(f"the recipe keeps {cold.kept:,}.\n")
     print("| answer | median ms | 95 % ms | largest ms |\n| --- | ---: | ---: | ---: |")
     for name, seconds in rows:
@@ -166,15 +162,3 @@ def draw(
         return list((generator.random(len(lengths)) * scale).tolist())
     numbers = generator.random(int(lengths.sum())) * scale
     return [part.tolist() for part in np.split(numbers, np.cumsum(lengths)[:-1])]
-
-
-def parse_arguments() -> argparse.Namespace:
-    """Read the command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--rows", type=int, default=400_000, help="samples of the data set")
-    parser.add_argument("--repeats", type=int, default=30, help="answers of each kind")
-    return parser.parse_args()
-
-
-if __name__ == "__main__":
-    main()
