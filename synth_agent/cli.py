@@ -495,7 +495,7 @@ def _wait(workspace: Workspace, run_id: str, since: str = "") -> int:
     from synth_agent.errors import EXIT_FAILED, EXIT_OK
 
     run = headless.follow(workspace, run_id, since=since)
-    print(headless.run_text(run))
+    print(headless.run_text(run, workspace.settings.weights))
     return EXIT_OK if run.status == "succeeded" else EXIT_FAILED
 
 
@@ -518,8 +518,10 @@ def _runs(options: argparse.Namespace) -> int:
 def _show(options: argparse.Namespace) -> int:
     from synth_agent import headless, pipeline
 
-    run = pipeline.load_run(_open(options), options.run)
-    print(json.dumps(headless.run_data(run)) if options.json else headless.run_text(run))
+    workspace = _open(options)
+    run = pipeline.load_run(workspace, options.run)
+    weights = workspace.settings.weights
+    print(json.dumps(headless.run_data(run)) if options.json else headless.run_text(run, weights))
     return 0
 
 
@@ -527,6 +529,7 @@ def _compare(options: argparse.Namespace) -> int:
     from dataclasses import asdict
 
     from synth_agent import verdicts
+    from synth_agent.weighting import weigh
     from synth_agent.wording import basis_words, benchmark_name
 
     workspace = _open(options)
@@ -541,6 +544,8 @@ def _compare(options: argparse.Namespace) -> int:
             f"on {value.num_questions} questions: {value.verdict}"
         )
         print(f"         {basis_words(value.difference, value.expected, value.basis, value.power)}")
+    if (weighted := weigh(comparisons, workspace.settings.weights)) is not None:
+        print(f"Weighted {weighted.line()}")
     return 0
 
 

@@ -202,7 +202,7 @@ def _print_results(workspace: Workspace, history: list[Run], *, as_json: bool) -
         return
     for run in history:
         print()
-        print(run_text(run))
+        print(run_text(run, workspace.settings.weights))
     print("\ngit log of the workspace, newest first")
     for line in commits:
         print(f"  {line}")

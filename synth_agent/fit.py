@@ -49,13 +49,12 @@ class Rate:
 
 MEASURED_RATES: Mapping[str, Mapping[str, Rate]] = {
     "NVIDIA H100 80GB HBM3": {
-        "projector": Rate(75.0, 576 + TEXT_TOKENS["projector"]),
-        "lora": Rate(40.0, 576 + TEXT_TOKENS["lora"]),
-        "full": Rate(40.0, 576 + TEXT_TOKENS["full"]),
+        "projector": Rate(68.6, 576 + TEXT_TOKENS["projector"]),
+        "lora": Rate(42.5, 576 + TEXT_TOKENS["lora"]),
+        "full": Rate(35.8, 576 + TEXT_TOKENS["full"]),
     },
 }
-"""By card and by method. Source: `benchmarks/gpu.py`, whose tables are kept
-under `benchmarks/results/`."""
+"""By card and by method. Source: `benchmarks/results/gpu-h100.md`, medians."""
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from typing import Any
 from synth_agent import pipeline
 from synth_agent.runs import STAGES, Event, EventTail, Limits, Proposal, Run, Score
 from synth_agent.summary import memory_sentences
+from synth_agent.weighting import weigh
 from synth_agent.wording import basis_words, benchmark_name, duration
 from synth_agent.workspace import Workspace
 
@@ -157,8 +158,8 @@ def score_text(score: Score) -> str:
     )
 
 
-def run_text(run: Run) -> str:
-    """Return a run's samples, scores, comparison and verdict."""
+def run_text(run: Run, weights: Mapping[str, float]) -> str:
+    """Return a run's samples, scores, comparison and verdict, and the user's weighting if any."""
     result = run.stages["process"].result
     lines = [f"{run.id}  {run.plan.proposal.title}"]
     if "kept" in result:
@@ -175,6 +176,8 @@ def run_text(run: Run) -> str:
         c = comparison
         words = basis_words(c.difference, c.expected, c.basis, c.power)
         lines.append(f"  note     {words}")
+    if (weighted := weigh(list(run.comparisons.values()), weights)) is not None:
+        lines.append(f"  weighted {weighted.line()}")
     lines.append(f"  verdict  {run.verdict or run.status}")
     return "\n".join(lines)
 

@@ -47,8 +47,9 @@ from synth_agent.runs import (
     proposal_from,
     today,
 )
+from synth_agent.secrets import redact
 from synth_agent.stage_plan import refuse_starts_of_finetuning
-from synth_agent.workspace import RunPaths, Workspace, stage_environment
+from synth_agent.workspace import RunPaths, Workspace, known_secrets, stage_environment
 
 LEAST_FREE_BYTES = 1 << 30
 _START_SECONDS = 30.0
@@ -177,6 +178,7 @@ def reject(workspace: Workspace, proposal: Proposal, *, reason: str, by: str) ->
         raise InvalidInput(
             "Reason is missing", f"{proposal.slug}: ''", "say why; the next proposal respects it"
         )
+    reason = redact(reason, known_secrets())
     run_id = _make_folder(workspace, proposal.slug)
     paths = workspace.run(run_id)
     paths.proposal.write_text(dump_proposal(proposal), "utf-8")

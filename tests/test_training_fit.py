@@ -330,6 +330,9 @@ def test_reference_numerics_are_not_predicted(
     git_workspace: Workspace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(git_workspace.root)
+    settings = git_workspace.root / "synth.yaml"
+    as_published = "pretrain: {numerics: reference}\nfinetune: {numerics: reference}\n"
+    settings.write_text(settings.read_text() + as_published)
     assert main(["fit", "--card", "24GiB"]) == 0
     text = capsys.readouterr().out
     assert "pretrain: not predicted for numerics: reference" in text
