@@ -41,8 +41,8 @@ from mgm.training_state import TrainingState
 
 GIB = 2**30
 PICTURES = 64
-SAMPLES = 64
-"""Of an optimizer step."""
+SAMPLES = {"pretrain": 256, "lora": 128, "full": 128}
+"""Of an optimizer step, by stage: the published global batches."""
 Stage = Literal["pretrain", "lora", "full"]
 
 
@@ -132,7 +132,7 @@ def build(case: Case) -> Trainer:
         drop_path=False,
         learning_rate=1e-5,
         micro_batch_size=8,
-        global_batch_size=SAMPLES,
+        global_batch_size=SAMPLES[case.stage],
         max_steps=1000,
         tokens_per_pass=case.tokens,
         recomputed_layers=case.recomputed_layers,
@@ -140,7 +140,7 @@ def build(case: Case) -> Trainer:
         moments=case.moments,
     )
     model = random_model(config, settings)
-    dataset = records(case, config, SAMPLES * 4)
+    dataset = records(case, config, SAMPLES[case.stage] * 4)
     features = PictureFeatures(model, dataset, 8, "square", fast_towers(model, settings))
     order = list(range(len(dataset)))
     model.train()
@@ -232,8 +232,8 @@ def measure(case: Case, trainer: Trainer, state: TrainingState) -> dict[str, Any
     median = seconds[len(seconds) // 2]
     return {
         **asdict(case),
-        "samples": SAMPLES,
-        "samples_per_second": SAMPLES / median,
+        "samples": SAMPLES[case.stage],
+        "samples_per_second": SAMPLES[case.stage] / median,
         "seconds": seconds,
         "first_step_seconds": warm,
         "passes_per_step": len(passes),

@@ -136,6 +136,7 @@ class Trainer:
         micro_batches = self._micro_batches(state.step)
         while (done := self._accumulate(micro_batches)) is None:
             self._shrink(state, progress)
+        self._expect_step(state.step + 1)
         norm = float(self.engine.gradient_norm())
         values: list[float] = torch.stack([loss for _, loss in done]).tolist() if done else []
         with self.group.together():
@@ -176,6 +177,14 @@ class Trainer:
                     raise _out_of_memory() from error
                 is_out = True
         return None if self.group.any(is_out) else done
+
+    def _expect_step(self, step: int) -> None:
+        """Prepare the first pass of a step, while the accelerator is at the end of the one before."""
+        if step < self.schedule.total_steps and not self.engine.exchanges_in_passes:
+            passes = self._own_passes(self._micro_batches(step))
+            self.execution.features.announce(picture for one in passes for picture in one.pictures)
+            for one in passes[:1]:
+                self.execution.expect(one)
 
     def _own_passes(self, micro_batches: Sequence[Sequence[int]]) -> list[Pass]:
         """Return this process's share of a step's passes; the shares make up the whole step."""
