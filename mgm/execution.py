@@ -248,14 +248,16 @@ class PackedExecution(Execution):
         return embeds.index_copy(0, row.image_places, rows.to(self.dtype) * scale)
 
     def halve(self) -> str:
-        """Halve the positions of a pass, or recompute every layer where that is not done yet."""
+        """Halve the positions of a pass; of a short one, recompute every layer first."""
         self._expected.clear()
         self.features.forget_expected()
         layers = len(self.model.language_model.model.layers)
-        if self._language.recomputed_layers < layers:
+        picture = self.model.config.num_image_tokens
+        # Short passes cost less time than recomputing, down to a few samples.
+        if self._language.recomputed_layers < layers and self.budget < 4 * picture:
             self._language.recomputed_layers = layers
             return "all layers recomputed in the backward pass"
-        if self.budget <= self.model.config.num_image_tokens:
+        if self.budget <= picture:
             raise _too_small("one sample alone, with every layer recomputed,")
         self.budget //= 2
         return f"{self.budget} positions a pass"
