@@ -15,15 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import (
-    AutoTokenizer,
-    CLIPVisionConfig,
-    CLIPVisionModel,
-    ConvNextConfig,
-    ConvNextModel,
-    GemmaConfig,
-    GemmaForCausalLM,
-)
+from transformers import AutoTokenizer
 
 from mgm.data import InstructionDataset
 from mgm.errors import InputError
@@ -35,11 +27,11 @@ from mgm.train import main, make_trainer, prepare_model
 from mgm.train_settings import TrainSettings, stage_defaults
 from mgm.training_state import TrainingState
 from mgm.weights import read_tensors
+from tests.mgm.tiny_training import write_parts
 
 GOLDEN = Path(__file__).parent.parent / "data" / "golden"
 REPOSITORY = Path(__file__).parent.parent.parent
 PICTURES = GOLDEN / "preprocess"
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 STEPS = 30
 
 
@@ -47,35 +39,7 @@ STEPS = 30
 def parts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The three folders of a tiny model, as the libraries write them."""
     folder = tmp_path_factory.mktemp("parts")
-    torch.manual_seed(5)
-    language = GemmaConfig(
-        vocab_size=502,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=16,
-        pad_token_id=0,
-        eos_token_id=1,
-        bos_token_id=2,
-    )
-    vision = CLIPVisionConfig(
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        image_size=28,
-        patch_size=14,
-    )
-    convnext = ConvNextConfig(hidden_sizes=[4, 8, 12, 16], depths=[1, 1, 1, 1])
-    GemmaForCausalLM(language).save_pretrained(str(folder / "language_model"))
-    CLIPVisionModel(vision).save_pretrained(str(folder / "vision_tower"))
-    ConvNextModel(convnext).save_pretrained(str(folder / "high_resolution_tower"))
-    for name in TOKENIZER_FILES:
-        if (GOLDEN / "model_a" / name).exists():
-            shutil.copy(GOLDEN / "model_a" / name, folder / "language_model" / name)
-    return {path.name: path for path in folder.iterdir()}
+    return write_parts(folder, seed=5, depths=(1, 1, 1, 1), drop_path_rate=0.0)
 
 
 def flags(parts: dict[str, Path], output: Path, **changes: Any) -> list[str]:

@@ -20,9 +20,15 @@ GOLDEN = Path(__file__).parent.parent / "data" / "golden"
 STEPS = 9
 
 
-def write_parts(folder: Path) -> dict[str, Path]:
-    """Write the three folders of a tiny model, whose ConvNeXt drops blocks at random."""
-    torch.manual_seed(6)
+def write_parts(
+    folder: Path,
+    *,
+    seed: int = 6,
+    depths: tuple[int, ...] = (1, 1, 2, 1),
+    drop_path_rate: float = 0.3,
+) -> dict[str, Path]:
+    """Write the three folders of a tiny model."""
+    torch.manual_seed(seed)
     language = GemmaConfig(
         vocab_size=502,
         hidden_size=32,
@@ -43,7 +49,11 @@ def write_parts(folder: Path) -> dict[str, Path]:
         image_size=28,
         patch_size=14,
     )
-    sizes = {"hidden_sizes": [4, 8, 12, 16], "depths": [1, 1, 2, 1], "drop_path_rate": 0.3}
+    sizes = {
+        "hidden_sizes": [4, 8, 12, 16],
+        "depths": list(depths),
+        "drop_path_rate": drop_path_rate,
+    }
     GemmaForCausalLM(language).save_pretrained(str(folder / "language_model"))
     CLIPVisionModel(vision).save_pretrained(str(folder / "vision_tower"))
     ConvNextModel(ConvNextConfig(**sizes)).save_pretrained(str(folder / "high_resolution_tower"))
