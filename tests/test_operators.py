@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import json
 import shutil
 import subprocess
@@ -391,7 +390,7 @@ def test_draws_follow_the_distribution_of_transformers(
     from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
     guard()
-    from synth_agent.stages.operators import _Draw
+    from synth_agent.stages.captioning import Draw
 
     torch.manual_seed(0)
     count, size = 4000, 64
@@ -401,7 +400,7 @@ def test_draws_follow_the_distribution_of_transformers(
         wanted = TopKLogitsWarper(top_k or 50)(None, wanted)
     wanted = TopPLogitsWarper(top_p or 1.0)(None, wanted).softmax(-1)[0].numpy()
     uniforms = torch.stack([(torch.arange(count) + 0.5) / count, torch.rand(count)], dim=1)
-    draw = _Draw(uniforms, temperature, top_k, top_p)
+    draw = Draw(uniforms, temperature, top_k, top_p)
     for tolerance in (1.5 / count, 0.04):
         left = draw(None, scores.repeat(count, 1))
         assert torch.isfinite(left).sum(-1).eq(1).all()
@@ -464,18 +463,40 @@ def test_plain_dj_process_runs_the_operators_from_their_file(
 @pytest.mark.parametrize("size", [(640, 480), (3, 5), (1, 1), (3000, 2400)])
 def test_planes_are_the_pictures_values(size: tuple[int, int]) -> None:
     guard()
-    from synth_agent.stages.operators import _planes
+    from synth_agent.stages.model_calls import planes
 
     values = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
-    planes = _planes(Image.fromarray(values))
-    assert np.array_equal(planes, values.transpose(2, 0, 1))
-    assert planes.flags.writeable
+    made = planes(Image.fromarray(values))
+    assert np.array_equal(made, values.transpose(2, 0, 1))
+    assert made.flags.writeable
 
 
-def test_the_file_stands_alone() -> None:
-    tree = ast.parse(OPERATORS.read_text("utf-8"))
-    imported = [node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
-    imported += [
-        a.name for node in ast.walk(tree) if isinstance(node, ast.Import) for a in node.names
+def test_the_files_are_found_by_the_path_of_one_of_them(tmp_path: Path) -> None:
+    """The program is not installed where Data-Juicer runs them: its folder is taken away."""
+    stages = tmp_path / "synth_agent" / "stages"
+    stages.mkdir(parents=True)
+    for file in (stages.parent / "__init__.py", stages / "__init__.py"):
+        file.touch()
+    for name in ("operators.py", "captioning.py", "model_calls.py"):
+        shutil.copy(OPERATORS.with_name(name), stages)
+    program = f"""
+import sys
+sys.path = [path for path in sys.path if path and path != {str(ROOT)!r}]
+from data_juicer.config.config import load_custom_operators
+from data_juicer.ops.base_op import OPERATORS
+load_custom_operators([{str(stages / "operators.py")!r}])
+names = [name for name in OPERATORS.modules if name.startswith("batched_")]
+files = {{sys.modules[OPERATORS.modules[name].__module__].__file__ for name in names}}
+print(*sorted(names), *sorted(files))
+"""
+    ran = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.split() == [
+        "batched_image_aesthetics_filter",
+        "batched_image_captioning_mapper",
+        "batched_image_text_matching_filter",
+        "batched_image_text_similarity_filter",
+        *(str(stages / name) for name in ("captioning.py", "operators.py")),
     ]
-    assert not [name for name in imported if name.startswith("synth_agent")]

@@ -106,10 +106,6 @@ def test_recipe_beside_the_others_is_complete_and_says_what_it_needs(
         assert not any("http" in str(value) for value in operator.parameters.values())
     # Which packages are here says nothing about the recipe.
     monkeypatch.setattr(recipe_order, "missing_packages", lambda name, parameters: ())
-    if path.parent.name == "blocked":
-        assert "does not run yet" in recipe.reason
-        validate_recipe(recipe, catalogue, _workspace(tmp_path, path))
-        return
     needed = NEEDS_PERMISSION[path.stem]
     assert f"{needed} under allow_operators" in recipe.reason
     with pytest.raises(InvalidInput, match=needed):

@@ -161,3 +161,45 @@ def save_aesthetics_predictor(folder: Path) -> None:
     size = {"height": 64, "width": 64}
     processor = CLIPImageProcessor(size=size, crop_size=size)
     CLIPProcessor(processor, _clip_tokenizer()).save_pretrained(folder)
+
+
+def save_llava(folder: Path, tokenizer_folder: Path) -> None:
+    """Save a LLaVA that answers in the words of another folder's tokenizer, at random."""
+    import torch
+    from transformers import (
+        AutoTokenizer,
+        CLIPImageProcessor,
+        CLIPVisionConfig,
+        LlamaConfig,
+        LlavaConfig,
+        LlavaForConditionalGeneration,
+        LlavaProcessor,
+    )
+
+    torch.manual_seed(0)
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder, padding_side="left")
+    tokenizer.add_tokens(["<image>"], special_tokens=True)
+    spread = {"initializer_range": 0.5}
+    text = LlamaConfig(
+        **_SMALL,
+        **spread,
+        vocab_size=len(tokenizer),
+        max_position_embeddings=128,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    config = LlavaConfig(
+        vision_config=CLIPVisionConfig(**{**_SMALL, "num_hidden_layers": 2}, **_PICTURES, **spread),
+        text_config=text,
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+        image_seq_length=16,
+    )
+    LlavaForConditionalGeneration(config).save_pretrained(folder)
+    LlavaProcessor(
+        CLIPImageProcessor(size={"shortest_edge": 64}, crop_size={"height": 64, "width": 64}),
+        tokenizer,
+        patch_size=_PICTURES["patch_size"],
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+    ).save_pretrained(folder)

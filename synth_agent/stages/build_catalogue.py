@@ -47,6 +47,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     ),
     "document_simhash_deduplicator.tokenization": ("space", "punctuation", "character"),
     **{f"batched_{name}.dtype": ("float32", "bfloat16") for name in BATCHED},
+    "batched_image_captioning_mapper.dtype": ("float32", "bfloat16", "auto"),
 }
 """Values that a parameter takes, by name or by operator and name."""
 
