@@ -271,17 +271,20 @@ class MGM(nn.Module):
     @property
     def device(self) -> torch.device:
         """Where the language model lives."""
-        return cast(torch.device, self.language_model.lm_head.weight.device)
+        # Weights are looked at through `parameters`: ZeRO-3 gathers one that is read by its name,
+        # and threads that read pictures ask for the device too.
+        return cast(torch.device, next(self.language_model.lm_head.parameters()).device)
 
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of the language model."""
-        return cast(torch.dtype, self.language_model.lm_head.weight.dtype)
+        return cast(torch.dtype, next(self.language_model.lm_head.parameters()).dtype)
 
     @property
     def tower_dtype(self) -> torch.dtype:
         """The dtype of the frozen towers."""
-        return cast(torch.dtype, self.vision_tower.clip.embeddings.patch_embedding.weight.dtype)
+        first = next(self.vision_tower.clip.embeddings.patch_embedding.parameters())
+        return cast(torch.dtype, first.dtype)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Move or cast, keeping the rotary frequencies and the embedding's factor in float32.
@@ -329,7 +332,7 @@ class MGM(nn.Module):
         """
         kind = features.low.device.type
         is_autocast = torch.is_autocast_enabled(kind)
-        weights = self.mining.query.linear.weight.dtype
+        weights = next(self.mining.query.linear.parameters()).dtype
         # The map is by far the largest tensor here, so autocast's precision applies from the start.
         features = features.to(dtype=torch.get_autocast_dtype(kind) if is_autocast else weights)
         if self.config.image_grid > 1:

@@ -40,7 +40,7 @@ class VisionTower(nn.Module):
         Returns:
             (B, N, D) in the dtype of `images`, patches in row-major order.
         """
-        dtype = self.clip.embeddings.patch_embedding.weight.dtype
+        dtype = next(self.clip.embeddings.patch_embedding.parameters()).dtype
         hidden: Tensor = self.clip.pre_layrnorm(self.clip.embeddings(images.to(dtype)))
         for layer in self.clip.encoder.layers[: self.num_layers_run]:
             hidden = layer(hidden, None)
@@ -79,7 +79,7 @@ class HighResolutionTower(nn.Module):
             Maps (B, C_s, S / 4, S / 4), then at strides 8, 16 and 32, in the dtype of
             `images_aux`.
         """
-        dtype = self.embeddings.patch_embeddings.weight.dtype
+        dtype = next(self.embeddings.patch_embeddings.parameters()).dtype
         hidden = self.embeddings(images_aux.to(dtype))
         maps = []
         for stage in self.encoder.stages:
