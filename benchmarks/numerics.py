@@ -25,13 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.miniworld_seeds import Record, run_with_config, spread
 
 NUMERICS = ("reference", "fast")
-COLUMNS = {
-    "TextVQA": 1,
-    "MMBench": 1,
-    "MMBench plain": 1,
-    "stage-1 loss": 3,
-    "stage-2 loss": 3,
-}
+COLUMNS = {"TextVQA": 1, "MMBench": 1, "MMBench plain": 1, "stage-1 loss": 3, "stage-2 loss": 3}
 """What is compared, and its digits."""
 
 
@@ -68,6 +62,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--work", type=Path, help="folder for what is made, else a temporary one")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/numerics"))
     options = parser.parse_args()
+    if len(set(options.seeds)) < 2:
+        parser.error("--seeds: a spread needs two or more")
     options.workspace = options.workspace.resolve()
     options.work = (options.work or Path(tempfile.mkdtemp(prefix="numerics-"))).resolve()
     return options
