@@ -56,7 +56,7 @@ def test_a_training_that_ran_out_of_memory_says_how_it_went_on(workspace: Worksp
     )
     assert told in text
     assert "Stage pretrain" not in text
-    assert told in run_text(run)
+    assert told in run_text(run, {})
 
 
 def test_branches_are_named(workspace: Workspace) -> None:
