@@ -19,7 +19,7 @@ from synth_agent.runs import Comparison, Run
 from synth_agent.ui.backend import Notebook
 from synth_agent.ui.screens.compare import comparison_words
 from synth_agent.ui.screens.results import against_content
-from synth_agent.ui.widgets.overview import best_run, scores_content
+from synth_agent.ui.widgets.overview import baseline_run, best_run, scores_content
 from synth_agent.weighting import weigh
 from synth_agent.workspace import Workspace, load_settings, open_workspace, setting_origins
 from tests.planner_world import RECIPES, fill_workspace, finished
@@ -215,3 +215,16 @@ def test_the_best_run_is_the_best_as_it_is_weighed(filled: Workspace) -> None:
         found = best_run(notebook, runs[0], weights)
         assert found is not None
         assert found.id == name
+
+
+def test_a_repeated_baseline_does_not_hide_what_was_compared_with_the_first(
+    filled: Workspace,
+) -> None:
+    runs = opposed(filled)
+    again = finished(replace(runs[0].plan.proposal, parent=None), 9)
+    found = baseline_run(Notebook((*runs, again), (), None), "baseline")
+    assert found is not None
+    assert found.id == runs[0].id
+    alone = baseline_run(Notebook((runs[0], again), (), None), "baseline")
+    assert alone is not None
+    assert alone.id == again.id

@@ -35,9 +35,16 @@ def finished_runs(notebook: Notebook) -> list[Run]:
 
 
 def baseline_run(notebook: Notebook, recipe: str) -> Run | None:
-    """Return the latest finished baseline."""
-    found = [r for r in finished_runs(notebook) if r.plan.proposal.recipe.get("name") == recipe]
-    return found[-1] if found else None
+    """Return the latest finished baseline that a run was compared with, or else the latest.
+
+    A baseline that is repeated with another seed has no run beside it yet.
+    """
+    finished = finished_runs(notebook)
+    found = [run for run in finished if run.plan.proposal.recipe.get("name") == recipe]
+    parents = {run.plan.proposal.parent for run in finished}
+    compared = [run for run in found if run.id in parents]
+    known = compared or found
+    return known[-1] if known else None
 
 
 def best_run(notebook: Notebook, baseline: Run | None, weights: Mapping[str, float]) -> Run | None:
