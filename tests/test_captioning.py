@@ -166,7 +166,7 @@ def workspace(tmp_path: Path, llava: Path, monkeypatch: pytest.MonkeyPatch) -> P
     monkeypatch.setenv("PYTHONPATH", str(packages))
     monkeypatch.delitem(sys.modules, "aesthetics_predictor", raising=False)
     _save_predictor(models / "aesthetics-predictor-v2-sac-logos-ava1-l14-linearMSE")
-    monkeypatch.delitem(sys.modules, "aesthetics_predictor")
+    del sys.modules["aesthetics_predictor"]  # monkeypatch would put it back for the tests behind
     return tmp_path / "workspace"
 
 

@@ -263,10 +263,10 @@ def test_a_hundred_candidates_and_three_hundred_runs_take_less_than_a_second() -
     features = generator.random((100, len(FEATURES)))
     known = results(generator.integers(0, 100, 300).tolist(), generator.normal(0, 3, 300).tolist())
     covariance(features)  # the import of the library is not what is timed
-    started = time.perf_counter()
+    started = time.process_time()  # what the machine does beside it does not count
     belief = believe(features, {"textvqa": known})["textvqa"]
     knowledge_gradient(belief, list(range(100)), 2.0)
-    assert time.perf_counter() - started < 1.0
+    assert time.process_time() - started < 1.0
 
 
 def test_two_heaps_are_told_from_one_and_from_an_outlier() -> None:
