@@ -103,6 +103,12 @@ async def gate(pilot: Pilot[int]) -> None:
 
 async def live(pilot: Pilot[int]) -> None:
     await pilot.press("2")
+    for _ in range(200):  # the early verdict is read after the screen was drawn
+        await settle(pilot)
+        if pilot.app.screen.query_one("#early").display:
+            return
+        await pilot.pause(0.05)
+    raise AssertionError("no early verdict was shown")
 
 
 async def results(pilot: Pilot[int]) -> None:

@@ -160,7 +160,13 @@ class RunScreen(NotebookScreen):
         if self._run is not None and message.run_id == self._run.id and not self._run.scores:
             early = self.query_one("#early", Drawing)
             early.display = bool(message.words)
-            early.show(lambda width, height: early_content(message.words, width))
+
+            def draw(width: int, height: int) -> Content:
+                return early_content(message.words, width)
+
+            early.show(draw)
+            # Drawn again once it has its place: lines that came with a resize found no room.
+            self.call_after_refresh(early.show, draw)
 
     def _poll(self) -> None:
         watched = self._is_live or (self._run is not None and self._run.status == "approved")
