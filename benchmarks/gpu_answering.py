@@ -184,9 +184,9 @@ def measure(case: Case, model: MGM, towers: FastTowers, questions: Questions) ->
     pictures = DecodedPictures(questions.open, model.config, workers)
     answerer = Answerer(
         model,
-        pictures.load,
+        pictures.take,
         Decoding(benchmark.new_tokens, NEVER),
-        prefetch=pictures.prefetch,
+        prefetch=pictures.announce,
         towers=towers,
     )
     started = time.monotonic()

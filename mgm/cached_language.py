@@ -9,19 +9,15 @@ Shape legend: T positions, E width, H query heads, K key heads, D head width, R 
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import pairwise
 from typing import Any
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 from transformers import GemmaForCausalLM
 
-from mgm.packed import PackedLanguage, _choices, _weights
+from mgm.packed import PackedLanguage, layer_choices, layer_weights
 
 Attention = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """Number of the layer, query (T, H, D), key and value (T, K, D) -> (T, H, D)."""
-_HALF = (torch.bfloat16, torch.float16)
 
 
 class CachedLanguage(PackedLanguage):
@@ -34,8 +30,8 @@ class CachedLanguage(PackedLanguage):
 
     def __init__(self, language_model: GemmaForCausalLM, *, compiled: bool) -> None:
         super().__init__(language_model, compiled=compiled)
-        self._layers = [_weights(layer) for layer in language_model.model.layers]
-        self._fixed = _choices(language_model)
+        self._layers = [layer_weights(layer) for layer in language_model.model.layers]
+        self._fixed = layer_choices(language_model)
         self.num_layers = len(self._layers)
 
     def embed(self, ids: Tensor) -> Tensor:
@@ -82,54 +78,3 @@ class CachedLanguage(PackedLanguage):
             )
         normed: Tensor = self._norm(self._marked(hidden), body.norm.weight, choices.eps)
         return normed
-
-
-def attend_behind(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    query_bounds: Tensor,
-    key_bounds: Tensor,
-    longest_query: int,
-    longest_key: int,
-) -> Tensor:
-    """Let sequences attend causally to themselves and to what stands before them.
-
-    Args:
-        query: (T, H, D): the last positions of each sequence.
-        key: (U, K, D): all positions of each sequence, K a divisor of H.
-        value: (U, K, D).
-        query_bounds: (S + 1,), int32, where sequences begin and end among the queries.
-        key_bounds: (S + 1,), int32, likewise among the keys.
-        longest_query: Positions of the longest sequence among the queries.
-        longest_key: Likewise among the keys.
-
-    Returns:
-        (T, H, D).
-    """
-    if query.is_cuda and query.dtype in _HALF:
-        # This operator aligns its causal mask to the last query and the last key.
-        forward: Any = torch.ops.aten._flash_attention_forward
-        outputs: tuple[Tensor, ...] = forward(
-            query,
-            key,
-            value,
-            query_bounds,
-            key_bounds,
-            longest_query,
-            longest_key,
-            0.0,
-            True,
-            False,
-        )
-        return outputs[0]
-    mixed = []
-    pairs = zip(pairwise(query_bounds.tolist()), pairwise(key_bounds.tolist()), strict=True)
-    for (start, end), (first, last) in pairs:
-        q = query[start:end].transpose(0, 1)[None]
-        k, v = (part[first:last].transpose(0, 1)[None] for part in (key, value))
-        seen = torch.ones(end - start, last - first, dtype=torch.bool, device=query.device)
-        seen = seen.tril(last - first - (end - start))
-        one = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, enable_gqa=True)
-        mixed.append(one[0].transpose(0, 1))
-    return torch.cat(mixed)

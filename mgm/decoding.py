@@ -22,10 +22,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mgm.cached_language import Attention, CachedLanguage, attend_behind
+from mgm.cached_language import Attention, CachedLanguage
 from mgm.model import MGM
 from mgm.packed import Segments
-from mgm.packed_attention import attend
+from mgm.packed_attention import attend, attend_behind
 from mgm.prefill import PrefillPass, plan_prefill
 from mgm.request import Decoding, Request
 

@@ -290,9 +290,9 @@ def make_answerer(
     is_fast_on_gpu = settings.numerics == "fast" and model.device.type == "cuda"
     return Answerer(
         model,
-        pictures.load,
+        pictures.take,
         Decoding(settings.answer_limit, stops),
-        prefetch=pictures.prefetch,
+        prefetch=pictures.announce,
         numerics=settings.numerics,
         towers=FastTowers(model, compiled=settings.is_compiled) if is_fast_on_gpu else None,
         compiled=settings.is_compiled,

@@ -18,11 +18,10 @@ from mgm.data import AspectRatio, InstructionDataset, normalised
 from mgm.errors import InputError
 from mgm.model import MGM, TowerFeatures
 from mgm.progress import Progress
+from mgm.read_ahead import ReadAhead
 from mgm.vision import low_resolution_views
 
 ENCODING_BATCH = 32
-ANNOUNCED_PICTURES = 96
-"""Decoded pictures that wait at most: 1.7 MB each at the published size."""
 _GIB = 2**30
 
 Towers = Callable[[Tensor | None, Tensor], TowerFeatures]
@@ -50,14 +49,12 @@ class PictureFeatures:
     ) -> None:
         self._model = model
         self._towers = towers or model.towers
-        self._announced: dict[int, Future[Tensor]] = {}
         self._dataset = dataset
         self._aspect_ratio = aspect_ratio
-        self._pool = ThreadPoolExecutor(max(1, workers))
+        self._pictures = ReadAhead(self._load, max(1, workers))
         self._gatherer = ThreadPoolExecutor(1)
         self._expected: dict[tuple[int | None, ...], Future[Tensor]] = {}
         self._cached: TowerFeatures | None = None
-        self._blank: TowerFeatures | None = None
 
     def cache(self, progress: Progress) -> None:
         """Encode every picture once.
@@ -81,18 +78,13 @@ class PictureFeatures:
             progress.update(
                 step=positions[-1] + 1, total=total, unit="images", label="encoding images"
             )
-        self._blank = self._encode([None]).to(device="cpu")
-        self._cached = TowerFeatures.cat([*parts, self._blank])
+        parts.append(self._encode([None]).to(device="cpu"))
+        self._cached = TowerFeatures.cat(parts)
 
     def announce(self, pictures: Iterable[int | None]) -> None:
         """Start decoding pictures that will be asked for soon, as many as may wait."""
-        if self._cached is not None:
-            return
-        for position in pictures:
-            if len(self._announced) >= ANNOUNCED_PICTURES:
-                return
-            if position is not None and position not in self._announced:
-                self._announced[position] = self._pool.submit(self._load, position)
+        if self._cached is None:
+            self._pictures.announce(position for position in pictures if position is not None)
 
     def expect(self, pictures: Sequence[int | None]) -> None:
         """Gather the pictures of the next pass, while the accelerator is at the one before it."""
@@ -130,17 +122,13 @@ class PictureFeatures:
     def _gather(self, pictures: Sequence[int | None]) -> Tensor:
         """Return the pictures that are not blank as bytes (I, 3, S, S), in pinned memory."""
         wanted = [position for position in pictures if position is not None]
-        futures: dict[int, Future[Tensor]] = {}
-        for position in dict.fromkeys(wanted):
-            if position not in self._announced:
-                self._announced[position] = self._pool.submit(self._load, position)
-            futures[position] = self._announced.pop(position)
+        decoded = self._pictures.take_all(wanted)
         size = self._model.config.image_size_aux
         pixels = torch.empty(len(wanted), 3, size, size, dtype=torch.uint8)
         if self._model.device.type == "cuda":
             pixels = pixels.pin_memory()
         for place, position in enumerate(wanted):
-            pixels[place] = futures[position].result()
+            pixels[place] = decoded[position]
         return pixels
 
     def _load(self, position: int) -> Tensor:

@@ -31,9 +31,6 @@ END_OF_TURN = "<end_of_turn>"
 # makes the fused map of every picture, 200 MB each at the published size.
 PICTURES_AT_ONCE = {"fast": 16, "reference": 8}
 
-READ_AHEAD = 96
-"""Decoded pictures that wait at most: 1.7 MB each at the published size."""
-
 LoadImage = Callable[[str], Tensor]
 Prefetch = Callable[[Sequence[str]], None]
 Numerics = Literal["fast", "reference"]
@@ -133,9 +130,7 @@ class Answerer:
         self._load_image = load_image
         self._prefetch = prefetch
         is_fast = numerics == "fast"
-        self.encoder = PictureEncoder(
-            model, towers, is_mined_coarse=is_fast, at_once=PICTURES_AT_ONCE[numerics]
-        )
+        self.encoder = PictureEncoder(model, towers, at_once=PICTURES_AT_ONCE[numerics])
         self.decoder: Decoder = PaddedDecoder(model, decoding)
         if is_fast:
             is_cuda = model.device.type == "cuda"
@@ -250,7 +245,7 @@ class Answerer:
         self.num_encoded += len(group)
         self._coming = waiting[num_filling:]
         if self._prefetch is not None:
-            self._prefetch(self._coming[:READ_AHEAD])
+            self._prefetch(self._coming)
 
 
 def answer(

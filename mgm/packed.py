@@ -144,10 +144,10 @@ class PackedLanguage:
         body = self._model.model
         angles = segments.positions.float()[:, None] * body.rotary_emb.inv_freq.float()
         cos, sin = angles.cos()[:, None], angles.sin()[:, None]  # (T, 1, D / 2)
-        choices = _choices(self._model)
+        choices = layer_choices(self._model)
         hidden = embeds
         for number, layer in enumerate(body.layers):
-            weights = _weights(layer)
+            weights = layer_weights(layer)
             if number < self.recomputed_layers and torch.is_grad_enabled():
                 hidden, key, value = checkpoint(
                     self._layer, hidden, weights, cos, sin, segments, choices, use_reentrant=False
@@ -266,7 +266,8 @@ def _rotated(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return turned.type_as(heads)
 
 
-def _weights(layer: nn.Module) -> _Weights:
+def layer_weights(layer: nn.Module) -> _Weights:
+    """Return the tensors of a decoder layer."""
     attention: Any = layer.self_attn
     mlp: Any = layer.mlp
     norms: Any = layer
@@ -293,7 +294,8 @@ def _tensors(module: Any) -> _Linear:
     )
 
 
-def _choices(model: GemmaForCausalLM) -> _Choices:
+def layer_choices(model: GemmaForCausalLM) -> _Choices:
+    """Return what all layers of a model share."""
     config = model.config
     query: Any = model.model.layers[0].self_attn.q_proj
     scale, dropout = 0.0, 0.0

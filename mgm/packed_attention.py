@@ -31,25 +31,62 @@ def attend(query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, longest: i
     Returns:
         (T, H, D).
     """
-    if query.is_cuda and query.dtype in _HALF:
-        if (flash := _flash_attn()) is not None:
-            mixed: Tensor = flash(query, key, value, bounds, bounds, longest, longest, causal=True)
-            return mixed
-        # PyTorch's public wrapper of this operator changed its arguments from release to release;
-        # the operator, which has a gradient of its own, did not.
-        forward: Any = torch.ops.aten._flash_attention_forward
-        outputs: tuple[Tensor, ...] = forward(
-            query, key, value.contiguous(), bounds, bounds, longest, longest, 0.0, True, False
-        )
-        return outputs[0]
-    return _attend_each(query, key, value, bounds)
+    return attend_behind(query, key, value, bounds, bounds, longest, longest)
 
 
-def _attend_each(query: Tensor, key: Tensor, value: Tensor, bounds: Tensor) -> Tensor:
+def attend_behind(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    query_bounds: Tensor,
+    key_bounds: Tensor,
+    longest_query: int,
+    longest_key: int,
+) -> Tensor:
+    """Let sequences attend causally to themselves and to what stands before them.
+
+    Args:
+        query: (T, H, D): the last positions of each sequence.
+        key: (U, K, D): all positions of each sequence, K a divisor of H.
+        value: (U, K, D).
+        query_bounds: (S + 1,), int32, where sequences begin and end among the queries.
+        key_bounds: (S + 1,), int32, likewise among the keys.
+        longest_query: Positions of the longest sequence among the queries.
+        longest_key: Likewise among the keys.
+
+    Returns:
+        (T, H, D).
+    """
+    if not (query.is_cuda and query.dtype in _HALF):
+        return _attend_each(query, key, value, query_bounds, key_bounds)
+    # Both kernels align their causal mask to the last query and the last key.
+    spans = query_bounds, key_bounds, longest_query, longest_key
+    if (flash := _flash_attn()) is not None:
+        mixed: Tensor = flash(query, key, value, *spans, causal=True)
+        return mixed
+    # PyTorch's public wrapper of this operator changed its arguments from release to release;
+    # the operator, which has a gradient of its own, did not.
+    forward: Any = torch.ops.aten._flash_attention_forward
+    outputs: tuple[Tensor, ...] = forward(query, key, value.contiguous(), *spans, 0.0, True, False)
+    return outputs[0]
+
+
+def _attend_each(
+    query: Tensor, key: Tensor, value: Tensor, query_bounds: Tensor, key_bounds: Tensor
+) -> Tensor:
     mixed = []
-    for start, end in pairwise(bounds.tolist()):
-        q, k, v = (part[start:end].transpose(0, 1)[None] for part in (query, key, value))
-        one = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    pairs = zip(pairwise(query_bounds.tolist()), pairwise(key_bounds.tolist()), strict=True)
+    for (start, end), (first, last) in pairs:
+        q = query[start:end].transpose(0, 1)[None]
+        k, v = (part[first:last].transpose(0, 1)[None] for part in (key, value))
+        before = (last - first) - (end - start)
+        seen = None
+        if before:
+            seen = torch.ones(end - start, last - first, dtype=torch.bool, device=query.device)
+            seen = seen.tril(before)
+        one = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=seen, is_causal=seen is None, enable_gqa=True
+        )
         mixed.append(one[0].transpose(0, 1))
     return torch.cat(mixed)
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 from PIL import Image
@@ -21,8 +20,8 @@ from mgm.config import ModelConfig
 from mgm.data import normalised, square_pixels
 from mgm.errors import InputError
 from mgm.features import Towers
-from mgm.mining import mine
 from mgm.model import MGM
+from mgm.read_ahead import ReadAhead
 from mgm.vision import low_resolution_views
 
 MOST_WORKERS = 16
@@ -33,8 +32,8 @@ def default_workers() -> int:
     return min(MOST_WORKERS, len(os.sched_getaffinity(0)))
 
 
-class DecodedPictures:
-    """Pictures as bytes, decoded ahead by threads.
+class DecodedPictures(ReadAhead[str, Tensor]):
+    """Pictures (3, S, S) as bytes, decoded ahead by threads.
 
     Args:
         open_picture: Opens the picture of a key.
@@ -45,27 +44,9 @@ class DecodedPictures:
     def __init__(
         self, open_picture: Callable[[str], Image.Image], config: ModelConfig, workers: int
     ) -> None:
+        super().__init__(self._decode, workers)
         self._open = open_picture
         self._config = config
-        self._pool = ThreadPoolExecutor(workers) if workers else None
-        self._ahead: dict[str, Future[Tensor]] = {}
-
-    def load(self, key: str) -> Tensor:
-        """Return the picture (3, S, S) as bytes."""
-        future = self._ahead.pop(key, None)
-        return self._decode(key) if future is None else future.result()
-
-    def prefetch(self, keys: Sequence[str]) -> None:
-        """Start to decode pictures that are asked for soon."""
-        if self._pool is not None:
-            for key in keys:
-                if key not in self._ahead:
-                    self._ahead[key] = self._pool.submit(self._decode, key)
-
-    def close(self) -> None:
-        """Stop decoding."""
-        if self._pool is not None:
-            self._pool.shutdown(cancel_futures=True)
 
     def _decode(self, key: str) -> Tensor:
         # In evaluation pictures are always padded, whatever the stage was trained with.
@@ -79,16 +60,12 @@ class PictureEncoder:
     Args:
         model: In evaluation mode and on its device.
         towers: Run its towers; None runs them as they are.
-        is_mined_coarse: Mine the stages at their own sizes, where the model has one view.
         at_once: Pictures encoded together; halved where they do not fit into the memory.
     """
 
-    def __init__(
-        self, model: MGM, towers: Towers | None, *, is_mined_coarse: bool, at_once: int
-    ) -> None:
+    def __init__(self, model: MGM, towers: Towers | None, *, at_once: int) -> None:
         self._model = model
         self._towers = towers or model.towers
-        self._is_mined_coarse = is_mined_coarse and model.config.image_grid == 1
         self.at_once = at_once
 
     def encode(self, pixels: Sequence[Tensor]) -> list[Tensor]:
@@ -141,9 +118,4 @@ class PictureEncoder:
         # Views are made before the precision is lowered.
         views = low_resolution_views(pixels, model.config)
         features = self._towers(views.to(dtype), pixels.to(dtype))
-        if not self._is_mined_coarse:
-            return model.project(features)  # (I, N, E)
-        features = features.to(dtype=dtype)
-        tokens = features.low + mine(model.mining, features.low, features.stages)
-        rows: Tensor = model.projector(tokens)
-        return rows  # (I, N, E)
+        return model.project(features)  # (I, N, E)

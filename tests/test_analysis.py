@@ -95,7 +95,7 @@ def test_retention_is_what_the_run_keeps(analysed: Workspace, name: str) -> None
         cwd=analysed.root,
         check=True,
         capture_output=True,
-        timeout=120,
+        timeout=600,
     )
     rows = json.loads((output / "rows.json").read_text())
     assert made.rows is not None
@@ -302,6 +302,6 @@ def test_a_parquet_seed_set_is_the_same_seed_set(copied: Workspace) -> None:
         cwd=workspace.root,
         check=True,
         capture_output=True,
-        timeout=120,
+        timeout=600,
     )
     assert json.loads((output / "result.json").read_text())["seed_samples"] == NUM_SAMPLES

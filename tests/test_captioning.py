@@ -206,7 +206,7 @@ def test_published_row_runs_through_the_process_stage(
         env={**os.environ, "HF_HUB_OFFLINE": "1"},
         capture_output=True,
         text=True,
-        timeout=180,
+        timeout=900,
     )
     assert ran.returncode == 0, ran.stderr[-2000:]
     output = workspace / "artifacts" / "row"

@@ -70,7 +70,7 @@ def _run(workspace: Path, recipe: Path, output: str) -> tuple[Path, dict[str, An
         env={**os.environ, "HF_HUB_OFFLINE": "1"},
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=900,
     )
     assert ran.returncode == 0, ran.stderr[-2000:]
     assert "/40 [" not in ran.stderr, "a progress bar for every picture"

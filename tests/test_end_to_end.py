@@ -18,7 +18,7 @@ from synth_agent.planner import BuiltinPlanner
 from synth_agent.runs import Proposal, Run
 from synth_agent.workspace import Workspace, open_workspace
 
-PATIENCE_SECONDS = 120
+PATIENCE_SECONDS = 600
 
 
 @pytest.fixture(scope="module")

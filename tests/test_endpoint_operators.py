@@ -145,7 +145,7 @@ def _stage(root: Path, url: str, flags: Sequence[str]) -> subprocess.CompletedPr
         env=_environment(url),
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=600,
     )
 
 
@@ -159,7 +159,7 @@ def _drive(
         env=_environment(url),
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=600,
     )
     assert ran.returncode == 0, ran.stderr[-2000:]
     return [json.loads(line) for line in ran.stdout.splitlines()]

@@ -515,7 +515,7 @@ def real(git_workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> Workspace
 
 
 def ended(workspace: Workspace, run_id: str) -> Run:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     while pipeline.live_run(workspace) is not None:
         assert time.monotonic() < deadline
         time.sleep(0.05)

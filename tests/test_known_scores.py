@@ -64,7 +64,7 @@ def _process(
         env=stage_environment(workspace) | {"PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
     )
     assert ran.returncode == 0, ran.stderr[-2000:]
     made = {name: (workspace.root / "out" / name).read_bytes() for name in OUTPUTS}

@@ -59,7 +59,7 @@ def test_recipe_runs(demo: Path, name: str) -> None:
         env={**os.environ, "HF_HUB_OFFLINE": "1"},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
     )
     assert ran.returncode == 0, ran.stderr[-2000:]
     result = json.loads((output / "result.json").read_text())

@@ -124,7 +124,7 @@ def _processed_rows(workspace: Workspace) -> list[int]:
         env=dict(os.environ),
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
     )
     assert ran.returncode == 0, ran.stderr[-2000:]
     rows = json.loads((workspace.root / "artifacts/tried/rows.json").read_text("utf-8"))

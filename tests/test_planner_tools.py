@@ -72,7 +72,7 @@ def test_a_query_that_does_not_end_is_interrupted(
         sql="SELECT sum(a.range * b.range) FROM range(10000000) a, range(10000000) b",
     )
     assert "too long" in answer["error"]
-    assert time.monotonic() - started < 3
+    assert time.monotonic() - started < 30
 
 
 @pytest.mark.parametrize(

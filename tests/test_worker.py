@@ -36,7 +36,7 @@ def approve(workspace: Workspace, parent: str | None = None) -> Plan:
 
 
 def wait_for(workspace: Workspace, run_id: str, ready: Callable[[Run], bool]) -> Run:
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 300
     while not ready(run := pipeline.load_run(workspace, run_id)):
         assert time.monotonic() < deadline, run
         time.sleep(0.05)

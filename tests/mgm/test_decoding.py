@@ -7,10 +7,9 @@ import torch
 from torch import Tensor
 
 from mgm import decoding as module
-from mgm.cached_language import attend_behind
 from mgm.decoding import PackedDecoder
 from mgm.model import IMAGE_TOKEN_ID, MGM
-from mgm.packed_attention import attend
+from mgm.packed_attention import attend, attend_behind
 from mgm.padded_decoding import PaddedDecoder
 from mgm.request import Decoding, Request
 

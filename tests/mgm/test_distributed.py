@@ -73,7 +73,7 @@ def start(command: Sequence[str], size: int, python: str = sys.executable) -> Pr
     return found
 
 
-def ends(processes: Processes, seconds: float = 200) -> list[tuple[int, str]]:
+def ends(processes: Processes, seconds: float = 900) -> list[tuple[int, str]]:
     """Return exit code and what was said of each process."""
     try:
         return [

@@ -356,7 +356,7 @@ def test_run_killed_in_the_middle_continues_to_the_same_files(
     command += ["--device", "cpu", "--dtype", "float32", *more]
     process = subprocess.Popen(command, cwd=REPOSITORY, env={**os.environ, "OMP_NUM_THREADS": "1"})
     partial = killed / "predictions.partial.jsonl"
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     while time.monotonic() < deadline and process.poll() is None:
         if partial.exists() and partial.read_bytes().count(b"\n") >= 3:
             break
@@ -513,8 +513,8 @@ def test_termination_signal_ends_in_143(
     command += ["--checkpoint", str(checkpoint), "--output", str(tmp_path)]
     command += ["--max-new-tokens", "5000", "--batch-size", "1", "--stop", "eos"]
     process = subprocess.Popen(command, cwd=REPOSITORY, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     while time.monotonic() < deadline and not list(tmp_path.iterdir()):
         time.sleep(0.02)
     process.terminate()
-    assert process.wait(timeout=60) == 143
+    assert process.wait(timeout=600) == 143

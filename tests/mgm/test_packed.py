@@ -67,8 +67,12 @@ def test_the_cache_holds_what_later_tokens_attend_to(model: MGM) -> None:
     packed(torch.cat(sequences), Segments.of(LENGTHS), cache)
     output = model.language_model.model(inputs_embeds=sequences[0][None], use_cache=True)
     for (key, value), layer in zip(cache, output.past_key_values.layers, strict=True):
-        torch.testing.assert_close(key[: LENGTHS[0]].transpose(0, 1), layer.keys[0])
-        torch.testing.assert_close(value[: LENGTHS[0]].transpose(0, 1), layer.values[0])
+        torch.testing.assert_close(
+            key[: LENGTHS[0]].transpose(0, 1), layer.keys[0], rtol=1e-4, atol=1e-4
+        )
+        torch.testing.assert_close(
+            value[: LENGTHS[0]].transpose(0, 1), layer.values[0], rtol=1e-4, atol=1e-4
+        )
 
 
 def test_dropout_of_adapters_acts_in_training_only(model: MGM) -> None:

@@ -32,11 +32,11 @@ def model() -> MGM:
 def test_bytes_normalised_later_are_the_preprocessed_picture(workers: int) -> None:
     config = tiny_config()
     pictures = DecodedPictures(picture, config, workers)
-    pictures.prefetch(["3", "4", "3"])
+    pictures.announce(["3", "4", "3"])
     mean, std = config.image_mean, config.image_std
     for key in ("4", "3", "5", "3"):
         wanted = preprocess_image(picture(key), config.image_size_aux, "pad", mean, std)
-        loaded = pictures.load(key)
+        loaded = pictures.take(key)
         assert loaded.dtype == torch.uint8
         assert torch.equal(normalised(loaded, mean, std), wanted)
     pictures.close()
@@ -50,10 +50,10 @@ def test_announced_pictures_are_decoded_by_other_threads_and_once() -> None:
         return picture(key)
 
     pictures = DecodedPictures(watched, tiny_config(), 2)
-    pictures.prefetch(["1", "2"])
-    pictures.prefetch(["2", "1"])
+    pictures.announce(["1", "2"])
+    pictures.announce(["2", "1"])
     for key in ("1", "2"):
-        pictures.load(key)
+        pictures.take(key)
     pictures.close()
     assert sorted(key for key, _ in opened) == ["1", "2"]
     assert threading.get_ident() not in {thread for _, thread in opened}
@@ -64,9 +64,9 @@ def test_an_error_of_a_thread_reaches_the_caller() -> None:
         raise InputError("Unreadable picture", key, "Fetch it again.")
 
     pictures = DecodedPictures(broken, tiny_config(), 1)
-    pictures.prefetch(["1"])
+    pictures.announce(["1"])
     with pytest.raises(InputError, match="Unreadable picture"):
-        pictures.load("1")
+        pictures.take("1")
     pictures.close()
 
 
@@ -74,11 +74,12 @@ def test_an_error_of_a_thread_reaches_the_caller() -> None:
 @torch.no_grad()
 def test_rows_equal_those_of_the_plain_way(model: MGM, at_once: int) -> None:
     config = model.config
-    loaded = [DecodedPictures(picture, config, 0).load(str(number)) for number in range(3)]
+    loaded = [DecodedPictures(picture, config, 0).take(str(number)) for number in range(3)]
     pixels = normalised(torch.stack(loaded), config.image_mean, config.image_std)
     plain = model.encode_images(low_resolution_views(pixels, config), pixels)
-    for towers, is_coarse in ((None, False), (FastTowers(model, compiled=False), True)):
-        encoder = PictureEncoder(model, towers, is_mined_coarse=is_coarse, at_once=at_once)
+    for towers, is_reassociated in ((None, False), (FastTowers(model, compiled=False), True)):
+        model.mining.reassociated = is_reassociated
+        encoder = PictureEncoder(model, towers, at_once=at_once)
         torch.testing.assert_close(torch.stack(encoder.encode(loaded)), plain, rtol=1e-4, atol=1e-4)
 
 
@@ -87,5 +88,6 @@ def test_pictures_of_several_views_are_mined_the_plain_way() -> None:
     model = tiny_model(image_grid=2, image_global=True, image_size_aux=256).eval()
     pixels = torch.randn(2, 3, 256, 256, generator=torch.Generator().manual_seed(0))
     plain = model.encode_images(None, pixels)
-    encoder = PictureEncoder(model, None, is_mined_coarse=True, at_once=4)
+    model.mining.reassociated = True
+    encoder = PictureEncoder(model, None, at_once=4)
     torch.testing.assert_close(torch.stack(encoder.encode(list(pixels))), plain)

@@ -33,7 +33,7 @@ def kill(command: list[str], kills: list[str]) -> None:
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
-        timeout=200,
+        timeout=900,
         check=False,
     )
     assert ended.returncode == 0, ended.stderr

@@ -77,7 +77,7 @@ def killed_at(arguments: list[str], progress: Path, reached: dict[str, Any]) -> 
         env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
         stdout=subprocess.DEVNULL,
     )
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     while not any(reached.items() <= line.items() for line in lines(progress)[before:]):
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.002)

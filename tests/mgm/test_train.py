@@ -102,7 +102,7 @@ def lines(path: Path) -> list[dict[str, Any]]:
 
 def wait_for_step(process: subprocess.Popen[str], progress: Path, step: int) -> None:
     """Return once training reports `step`; states were saved before it."""
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     while time.monotonic() < deadline:
         if any(line.get("unit") == "steps" and line["step"] >= step for line in lines(progress)):
             return
@@ -175,7 +175,7 @@ def test_a_termination_signal_keeps_the_state(
     process = start(flags(parts, output, save_steps=1000))
     wait_for_step(process, tmp_path / "stopped.jsonl", 2)
     process.terminate()
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=600)
     assert process.returncode == 143, errors
     state = torch.load(output / "state" / "state.pt", weights_only=True)
     assert 2 <= state["state"]["step"] < STEPS

@@ -52,7 +52,7 @@ def make_workspace(root: Path) -> Workspace:
         ["config", "user.name", "Ada"],
         ["config", "user.email", "ada@localhost"],
     ):
-        subprocess.run(["git", "-C", str(root), *command], check=True, timeout=60)
+        subprocess.run(["git", "-C", str(root), *command], check=True, timeout=600)
     return open_workspace(root)
 
 

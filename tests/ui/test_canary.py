@@ -42,7 +42,7 @@ __all__ = ["refuse_network"]
 KEY = f"sk-canary-{os.getpid():07d}Qw7Zx3Vb9Kd5Mt"
 PLAIN_KEY = f"{os.getpid():07d}.plain+Hj4/Lr8=Ns2Pg6Tc"
 PASSWORD = f"Yf9{os.getpid():07d}Ru3Wn6Sd8Bk"
-SETTINGS = "{kind: llm, model: tiny, retries: 0, timeout_seconds: 20}"
+SETTINGS = "{kind: llm, model: tiny, retries: 0, timeout_seconds: 120}"
 COMPUTE = "compute: {warm_worker: false, device: cpu}\n"
 _PART = 12
 """A line break leaves so many letters in a row of any secret here."""
@@ -111,7 +111,7 @@ def found_in(text: str, secrets: tuple[str, ...]) -> set[str]:
 def git_objects(root: Path) -> str:
     """Return every object of the repository: commits, messages, notes, trees and files."""
     command = ["git", "-C", str(root), "cat-file", "--batch-all-objects", "--batch"]
-    done = subprocess.run(command, capture_output=True, check=True, timeout=60)
+    done = subprocess.run(command, capture_output=True, check=True, timeout=600)
     return done.stdout.decode("utf-8", "replace")
 
 

@@ -108,7 +108,7 @@ async def say(pilot: Pilot[int], text: str) -> None:
     await settle(pilot)
 
 
-async def until(pilot: Pilot[int], condition: Callable[[], bool], seconds: float = 8.0) -> float:
+async def until(pilot: Pilot[int], condition: Callable[[], bool], seconds: float = 60.0) -> float:
     """Wait for something and return how many seconds it took."""
     started = time.monotonic()
     while time.monotonic() - started < seconds:
@@ -228,7 +228,7 @@ async def test_an_answer_is_shown_while_it_arrives_and_escape_stops_it(
         await pilot.press("escape")
         taken = await until(pilot, lambda: "Stopped." in seen(pilot))
         assert taken < 1
-        await until(pilot, lambda: waiting.was_cancelled, 1.0)
+        await until(pilot, lambda: waiting.was_cancelled, 30.0)
         backend.endpoint.ask = lambda *_: said("The second answer.")
         await say(pilot, "and now?")
         text = seen(pilot)
@@ -248,7 +248,7 @@ async def test_closing_the_app_in_the_middle_of_an_answer_ends_it(
         await until(pilot, waiting.started.is_set)
         await pilot.app.action_quit()
     started = time.monotonic()
-    while not waiting.was_cancelled and time.monotonic() - started < 2:
+    while not waiting.was_cancelled and time.monotonic() - started < 30:
         time.sleep(0.02)
     assert waiting.was_cancelled
 
@@ -385,7 +385,7 @@ async def test_over_http_escape_hangs_up(
         await until(pilot, lambda: "word word" in seen(pilot))
         await pilot.press("escape")
         assert await until(pilot, lambda: "Stopped." in seen(pilot)) < 1
-        await until(pilot, lambda: server.requests[0].closed_after is not None, 2.0)
+        await until(pilot, lambda: server.requests[0].closed_after is not None, 30.0)
 
 
 def test_an_edit_keeps_the_settings_and_the_limits_that_were_proposed(

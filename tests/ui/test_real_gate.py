@@ -58,7 +58,7 @@ async def open_gate(pilot: Pilot[int]) -> None:
 def subjects(root: Path) -> str:
     """Return the subjects of the commits."""
     command = ["git", "-C", str(root), "log", "--format=%s"]
-    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=600).stdout
 
 
 async def test_the_baseline_is_proposed_first_and_its_approval_is_committed(
