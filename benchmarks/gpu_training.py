@@ -29,6 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from mgm import execution as execution_module
 from mgm.config import ModelConfig
 from mgm.data import InstructionDataset
+from mgm.distributed import ALONE, Group
 from mgm.errors import InputError
 from mgm.execution import PackedExecution
 from mgm.features import PictureFeatures
@@ -106,7 +107,7 @@ def records(case: Case, config: ModelConfig, count: int) -> Records:
     generator = random.Random(2)
     encoded = []
     for length in text_lengths(case, count):
-        text = [generator.randrange(3, 250_000) for _ in range(length)]
+        text = [generator.randrange(3, config.language["vocab_size"]) for _ in range(length)]
         learned = length - 8 if case.stage == "pretrain" else length // 2
         labels = [IGNORE_INDEX] * (length - learned) + text[length - learned :]
         ids = [2, IMAGE_TOKEN_ID, *text]
@@ -114,9 +115,16 @@ def records(case: Case, config: ModelConfig, count: int) -> Records:
     return Records(encoded, config.image_size_aux)
 
 
-def build(case: Case) -> Trainer:
-    """Return a trainer of the case over a model of random weights."""
-    config = ModelConfig.preset("mgm-2b").replace(drop_path=False, tokenizer_model_max_length=2048)
+def build(case: Case, preset: str = "mgm-2b", group: Group = ALONE, **changes: Any) -> Trainer:
+    """Return a trainer of the case over a model of random weights.
+
+    Args:
+        case: What is trained.
+        preset: The model's sizes.
+        group: Of the processes that train together.
+        changes: Settings beside those of the case.
+    """
+    config = ModelConfig.preset(preset).replace(drop_path=False, tokenizer_model_max_length=2048)
     nowhere = Path("made-up")
     settings = TrainSettings(
         stage="pretrain" if case.stage == "pretrain" else "finetune",
@@ -138,21 +146,23 @@ def build(case: Case) -> Trainer:
         recomputed_layers=case.recomputed_layers,
         master_weights=case.master_weights,
         moments=case.moments,
+        **changes,
     )
     model = random_model(config, settings)
     dataset = records(case, config, SAMPLES[case.stage] * 4)
     features = PictureFeatures(model, dataset, 8, "square", fast_towers(model, settings))
     order = list(range(len(dataset)))
     model.train()
-    return make_trainer(model, dataset, features, settings, lambda epoch: order)
+    return make_trainer(model, dataset, features, settings, lambda epoch: order, group)
 
 
 def random_model(config: ModelConfig, settings: TrainSettings) -> MGM:
-    """Build the model on the GPU in bfloat16, with what is trained as the program would have it."""
+    """Build the model in bfloat16, with what is trained as the program would have it."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)
     torch.set_default_dtype(torch.bfloat16)
     try:
-        with torch.device("cuda"):
+        with device:
             model = MGM(config)
     finally:
         torch.set_default_dtype(torch.float32)
@@ -160,9 +170,9 @@ def random_model(config: ModelConfig, settings: TrainSettings) -> MGM:
         if parameter.dim() > 1:
             torch.nn.init.normal_(parameter, std=0.02)
     model.language_model.lm_head.weight = model.language_model.model.embed_tokens.weight
-    model = model.to("cuda")
+    model = model.to(device)
     unfreeze(model, settings)
-    return model.to("cuda")
+    return model.to(device)
 
 
 class Sections:

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks.gpu_answering import CASES, MMBENCH, TEXTVQA, Benchmark, Questions
+from benchmarks.gpu_scaling import compare
+from benchmarks.gpu_scaling import table as scaling_table
 from benchmarks.numerics import table
 from mgm.model import IMAGE_TOKEN_ID
 
@@ -41,3 +43,12 @@ def test_numerics_are_compared_in_the_spread_of_the_reference() -> None:
     assert "| fast | all | 63.0 ± 2.8 [61.0, 65.0] |" in report
     assert "TextVQA: fast minus reference +1.000, the reference's standard deviation" in report
     assert "is 2.828: 0.35 of it" in report
+
+
+def test_processes_are_compared_with_one() -> None:
+    alone = {"processes": 1, "samples_per_second": 40.0, "allocated_gib": 30.0, "losses": [2.0, 4]}
+    both = {"processes": 2, "samples_per_second": 76.0, "allocated_gib": 31.0, "losses": [2.0, 4.1]}
+    record = compare("lora", both, alone)
+    assert record["scaling"] == pytest.approx(1.9)
+    assert record["largest_loss_difference"] == pytest.approx(0.025)
+    assert "| lora | 2 | 76.0 | 40.0 | 1.90 | 2.5e-02 | 31.0, 30.0 |" in scaling_table([record])
