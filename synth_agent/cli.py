@@ -55,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"synth-agent {__version__}")
         return 0
     options = build_parser().parse_args(given)
-    from synth_agent.errors import EXIT_INTERRUPTED, SynthAgentError
+    from synth_agent.errors import EXIT_INTERRUPTED, SynthAgentError, system_error
 
     try:
         command: Command = options.command
@@ -69,6 +69,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         sys.stderr.close()
         return EXIT_INTERRUPTED
+    except OSError as error:
+        told = system_error(error)
+        _show_error(told, as_json=getattr(options, "json", False))
+        return told.exit_code
 
 
 def build_parser() -> argparse.ArgumentParser:

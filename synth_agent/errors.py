@@ -7,6 +7,7 @@ Anything else that is raised is a defect and keeps its traceback.
 from __future__ import annotations
 
 import difflib
+import errno
 from collections.abc import Iterable
 
 EXIT_OK = 0
@@ -54,6 +55,22 @@ class Conflict(SynthAgentError):
     """What was approved is not what is there, or the state forbids the action."""
 
     exit_code = EXIT_INVALID
+
+
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_NO_PERMISSION = (errno.EACCES, errno.EPERM, errno.EROFS)
+
+
+def system_error(error: OSError) -> SynthAgentError:
+    """Return what the system refused as an error that names the file and the fix."""
+    names = (error.filename, error.filename2)
+    where = " to ".join(str(name) for name in names if name is not None)
+    message = f"{where}: {error.strerror}" if where and error.strerror else str(error)
+    if error.errno in _NO_SPACE:
+        return SynthAgentError("Disk is full", message, "free space, or raise the file size limit")
+    if error.errno in _NO_PERMISSION:
+        return SynthAgentError("No permission", message, "check who may write there")
+    return SynthAgentError("The system refused", message, "check the path")
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:

@@ -20,6 +20,7 @@ from pydantic import (
     SerializationInfo,
     SerializerFunctionWrapHandler,
     ValidationError,
+    field_validator,
     model_serializer,
     model_validator,
 )
@@ -28,10 +29,26 @@ from synth_agent.errors import InvalidInput, nearest
 from synth_agent.secrets import secrets_of_address
 
 SETTINGS_NAME = "synth.yaml"
+_LARGEST_SEED = 2**62
+"""Runs with other seeds count up from the settings' one, and torch takes 64 bits."""
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False
+    )
+
+    @field_validator("*", mode="after")
+    @classmethod
+    def _can_be_written(cls, value: Any) -> Any:
+        # Such a text is no path, and cannot be printed or saved.
+        if isinstance(value, str) and ("\0" in value or not _is_unicode(value)):
+            raise ValueError("the text holds a NUL or half of a character: leave it out")
+        return value
+
+
+def _is_unicode(text: str) -> bool:
+    return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 class DataSettings(_Section):
@@ -66,7 +83,7 @@ class TrainSettings(_Section):
 
     method: Literal["projector", "full", "lora"] = "projector"
     learning_rate: float = Field(1e-3, gt=0)
-    projector_learning_rate: float | None = None
+    projector_learning_rate: float | None = Field(None, ge=0)
     global_batch_size: int = Field(256, ge=1)
     micro_batch_size: int = Field(8, ge=1)
     epochs: float = Field(1.0, gt=0)
@@ -212,7 +229,7 @@ class Settings(_Section):
     """The user's weighting of the benchmarks, shown beside them; null makes no figure of both."""
     baseline: str = "baseline"
     """Name of the recipe that the others are compared against."""
-    seed: int = 1024
+    seed: int = Field(1024, ge=-_LARGEST_SEED, le=_LARGEST_SEED)
     """Seed of the initialisation of the trained modules."""
     data: DataSettings = DataSettings()
     model: ModelSettings = ModelSettings()
@@ -358,16 +375,7 @@ def load_settings(path: Path) -> Settings:
     Raises:
         InvalidInput: Naming the file, the key and the nearest valid key or the allowed values.
     """
-    try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise InvalidInput(
-            "Settings are not YAML", f"{path}: {error}", "correct the syntax"
-        ) from error
-    if raw is None:
-        raw = {}
-    if not isinstance(raw, dict):
-        raise InvalidInput("Settings are not a mapping", str(path), "write `key: value` lines")
+    raw = _read_settings(path)
     try:
         settings = Settings.model_validate(raw)
     except ValidationError as error:
@@ -379,6 +387,58 @@ def load_settings(path: Path) -> Settings:
             "only pretraining has several starts: set pretrain.starts",
         )
     return settings
+
+
+class _SettingsLoader(yaml.SafeLoader):
+    """Refuses a key that is there twice: of two sections of one name, one would not count."""
+
+    def compose_mapping_node(self, anchor: Any) -> Any:
+        node = super().compose_mapping_node(anchor)
+        keys: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.tag != _MERGE:
+                if key.value in keys:
+                    raise yaml.constructor.ConstructorError(
+                        None, None, f"key {key.value!r} is there twice", key.start_mark
+                    )
+                keys.add(key.value)
+        return node
+
+
+_MERGE = "tag:yaml.org,2002:merge"
+
+
+def _read_settings(path: Path) -> dict[str, Any]:
+    """Return what `synth.yaml` holds.
+
+    Raises:
+        InvalidInput: If it cannot be read, is not YAML in UTF-8, or is not a mapping.
+    """
+    try:
+        raw = _SettingsLoader(path.read_text(encoding="utf-8")).get_single_data()
+    except OSError as error:
+        raise InvalidInput(
+            "Cannot read settings", f"{path}: {error.strerror}", "check the file's permissions"
+        ) from error
+    except UnicodeDecodeError as error:
+        raise InvalidInput(
+            "Settings are not UTF-8", f"{path}: {error.reason}", "save it as UTF-8"
+        ) from error
+    except yaml.YAMLError as error:
+        raise InvalidInput(
+            "Settings are not YAML", f"{path}: {error}", "correct the syntax"
+        ) from error
+    except ValueError as error:
+        raise InvalidInput(
+            "Settings are not YAML", f"{path}: {error}", "correct the number or date"
+        ) from error
+    except RecursionError as error:
+        raise InvalidInput("Settings are nested too deeply", str(path), "nest less") from error
+    if raw is None:
+        return {}
+    if not isinstance(raw, dict):
+        raise InvalidInput("Settings are not a mapping", str(path), "write `key: value` lines")
+    return raw
 
 
 def _readable(path: Path, error: ValidationError) -> InvalidInput:
@@ -443,7 +503,7 @@ def stage_environment(workspace: Workspace) -> dict[str, str]:
 
 def setting_origins(workspace: Workspace) -> list[tuple[str, Any, str]]:
     """Return every setting as (dotted key, value, `file` or `default`)."""
-    given = yaml.safe_load(workspace.settings_file.read_text(encoding="utf-8")) or {}
+    given = _read_settings(workspace.settings_file)
     rows: list[tuple[str, Any, str]] = []
 
     def collect(prefix: str, values: dict[str, Any], source: Any) -> None:

@@ -36,6 +36,49 @@ def test_wrong_settings_name_file_key_and_fix(
     assert all(part in output.err for part in told)
 
 
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        (b"goal: caf\xe9\n", ("not UTF-8",)),
+        (b"pretrain: {epochs: 2}\nseed: 1\npretrain: {dtype: float32}\n", ("'pretrain'", "twice")),
+        (b"goal: 2024-13-45\n", ("month must be",)),
+        (b"seed: " + b"9" * 5000, ("limit",)),
+        (b"goal: " + b"[" * 3000, ("nested too deeply",)),
+        (b"pretrain: {learning_rate: .inf}\n", ("pretrain.learning_rate", "finite")),
+        (b"finetune: {projector_learning_rate: -1}\n", ("finetune.projector_learning_rate",)),
+        (b"seed: 99999999999999999999\n", ("seed", "less than")),
+        (b'data: {seed: "a\\0b"}\n', ("data.seed", "NUL")),
+        (b'goal: "\\ud800"\n', ("goal", "half of a character")),
+    ],
+)
+def test_settings_that_cannot_be_meant_are_no_traceback(
+    root: Path, capsys: pytest.CaptureFixture[str], text: bytes, told: tuple[str, ...]
+) -> None:
+    (root / "synth.yaml").write_bytes(text)
+    assert main(["runs"]) == 2
+    error = capsys.readouterr().err
+    assert str(root / "synth.yaml") in error
+    assert all(part in error for part in told)
+
+
+def test_settings_may_share_values_by_anchors(root: Path) -> None:
+    (root / "synth.yaml").write_text(
+        "pretrain: &both {epochs: 2}\nfinetune: {<<: *both, epochs: 3}\n"
+    )
+    assert main(["runs"]) == 0
+
+
+def test_what_the_system_refuses_names_the_file(
+    root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (root / "synth.yaml").write_text(f"data: {{seed: {'a' * 300}}}\n")
+    assert main(["statistics"]) == 1
+    error = capsys.readouterr().err
+    assert f"{root}/{'a' * 300}: File name too long" in error
+    assert main(["convert", "synth.yaml", "synth.yaml/x.jsonl"]) in (1, 2)
+    assert "synth.yaml" in capsys.readouterr().err
+
+
 def test_errors_are_data_when_data_is_asked_for(
     root: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
