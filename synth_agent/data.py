@@ -180,7 +180,9 @@ def read_llava(path: Path) -> list[dict[str, Any]]:
         raise InvalidInput(
             "Cannot read file", f"{path}: {error.strerror}", "Check the path."
         ) from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except RecursionError as error:
+        raise InvalidInput("Nested too deeply", str(path), "Give a flat JSON array.") from error
+    except ValueError as error:
         raise InvalidInput("Not JSON", f"{path}: {error}", "Give a JSON array.") from error
     if not isinstance(records, list):
         raise InvalidInput("Not a list", f"{path} is not a JSON array", "Give a JSON array.")
@@ -477,6 +479,7 @@ def check_image_path(image: object, where: str) -> str:
             f"{where}: {image!r}",
             "Give a path relative to the image folder, without '..'.",
         )
+    _check_characters(image, where)
     return image
 
 
@@ -489,6 +492,10 @@ def _parse_line(line: bytes, where: str) -> dict[str, Any]:
         raise InvalidInput(
             "Not JSON", f"{where}, column {error.colno}: {error.msg}", "Write one object a line."
         ) from error
+    except ValueError as error:
+        raise InvalidInput("Not JSON", f"{where}: {error}", "Write a shorter number.") from error
+    except RecursionError as error:
+        raise InvalidInput("Nested too deeply", where, "Write one flat object a line.") from error
     if not isinstance(record, dict):
         raise InvalidInput("Not an object", f"{where} is not a JSON object", "Fix the line.")
     return record
@@ -500,6 +507,8 @@ def _sample_id(record: Record, where: str) -> str | int:
         raise InvalidInput(
             "Bad id", f"{where}, field id: {identity!r}", "Give a text or a whole number."
         )
+    if isinstance(identity, str):
+        _check_characters(identity, f"{where}, field id")
     return identity
 
 
@@ -509,16 +518,21 @@ def _text(record: Record, field: str, where: str, *, may_be_empty: bool = False)
         raise InvalidInput(
             "Bad text", f"{where}, field {field}: {value!r} is not a text", f"Add {field}."
         )
-    if not value.isascii():
-        try:
-            value.encode()
-        except UnicodeEncodeError as error:
-            raise InvalidInput(
-                "Broken character",
-                f"{where}, field {field}: half of a surrogate pair at position {error.start}",
-                "Write the whole character.",
-            ) from error
+    _check_characters(value, f"{where}, field {field}")
     return value
+
+
+def _check_characters(value: str, where: str) -> None:
+    if value.isascii():
+        return
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise InvalidInput(
+            "Broken character",
+            f"{where}: half of a surrogate pair at position {error.start}",
+            "Write the whole character.",
+        ) from error
 
 
 def _image_paths(record: Record, where: str) -> tuple[str, ...]:

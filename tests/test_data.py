@@ -126,6 +126,10 @@ GOOD = {"id": "1", "images": ["a.jpg"], "text": "x"}
         ({"id": "1", "images": []}, "line 2, field text: None"),
         ({**GOOD, "text": 3}, "line 2, field text: 3"),
         ({**GOOD, "text": "\ud83d"}, "line 2, field text: half of a surrogate pair"),
+        ({**GOOD, "id": "a\udc00"}, "line 2, field id: half of a surrogate pair at position 1"),
+        ({**GOOD, "images": ["a\ud800.jpg"]}, "line 2, field images: half of a surrogate pair"),
+        ('{"id": ' + "9" * 5000 + "}", "line 2: Exceeds the limit"),
+        ('{"images": ' + "[" * 100_000 + "]" * 100_000 + "}", "line 2"),
         ({**GOOD, "images": "a.jpg"}, "line 2, field images: 'a.jpg' is not a list"),
         ({**GOOD, "images": [3]}, "line 2, field images: 3"),
         ({**GOOD, "images": [""]}, "line 2, field images: ''"),
@@ -257,6 +261,14 @@ def test_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> No
         data.write_samples(path, failing())
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000 + "]" * 100_000, "[" + "9" * 5000 + "]"])
+def test_llava_file_that_json_cannot_build_is_named(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "train.json"
+    path.write_text(text)
+    with pytest.raises(InvalidInput, match=str(path)):
+        data.read_llava(path)
 
 
 def test_llava_file_is_ascii_and_checked(tmp_path: Path) -> None:
