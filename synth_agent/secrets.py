@@ -18,6 +18,8 @@ from urllib.parse import parse_qsl, quote, quote_plus, unquote, urlsplit
 REMOVED = "[removed]"
 _SHORTEST = 4
 """A shorter text is no secret that can be looked for: it occurs in ordinary words."""
+_SHORTEST_KEY = 8
+"""Shorter keys are words such as `none`, which servers without keys are given."""
 
 _LOOKS_SECRET = re.compile(
     r"""
@@ -94,6 +96,11 @@ def secrets_of_address(address: str) -> tuple[str, ...]:
         password = userinfo.partition(":")[2]
         found += [userinfo, unquote(userinfo), password, unquote(password)]
     return tuple(dict.fromkeys(text for text in found if len(text) >= _SHORTEST))
+
+
+def secrets_of_key(key: str) -> tuple[str, ...]:
+    """Return the key, or nothing when it is a word such as `none` or `EMPTY`."""
+    return (key,) if len(key.strip()) >= _SHORTEST_KEY else ()
 
 
 def without_secrets(address: str) -> str:

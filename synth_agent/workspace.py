@@ -26,7 +26,7 @@ from pydantic import (
 )
 
 from synth_agent.errors import InvalidInput, nearest
-from synth_agent.secrets import secrets_of_address
+from synth_agent.secrets import secrets_of_address, secrets_of_key
 
 SETTINGS_NAME = "synth.yaml"
 _LARGEST_SEED = 2**62
@@ -475,7 +475,7 @@ def endpoint_access() -> tuple[str, str | None]:
 def known_secrets() -> tuple[str, ...]:
     """Return what the environment holds in confidence: the key, and what the address says of one."""
     address, key = endpoint_access()
-    return (*secrets_of_address(address), *((key,) if key else ()))
+    return (*secrets_of_address(address), *secrets_of_key(key or ""))
 
 
 def stage_environment(workspace: Workspace) -> dict[str, str]:

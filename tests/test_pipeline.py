@@ -139,6 +139,18 @@ def test_rejection_is_kept_with_its_reason(filled: Workspace) -> None:
     assert set(environment["inputs"]) == {"seed", "original", "instructions"}
 
 
+def test_a_key_that_is_a_word_stays_in_the_reason(
+    filled: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    proposal = plan_of(filled, settings_of(filled), []).proposal
+    monkeypatch.setenv("OPENAI_API_KEY", "EMPTY")
+    pipeline.reject(filled, proposal, reason="its branch is empty", by="a person")
+    monkeypatch.setenv("OPENAI_API_KEY", "my-long-key")
+    pipeline.reject(filled, proposal, reason="I typed my-long-key", by="a person")
+    reasons = [rejection.reason for rejection in pipeline.list_rejections(filled)]
+    assert reasons == ["its branch is empty", "I typed [removed]"]
+
+
 def test_circular_group_is_one_question(tmp_path: Path) -> None:
     rows = [(1, 1, 1.0), (1000001, 1, 0.0), (2, 2, 1.0), (1000002, 2, 1.0), (1000003, 3, 1.0)]
     path = tmp_path / "predictions.jsonl"

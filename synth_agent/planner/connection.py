@@ -20,7 +20,7 @@ from urllib.parse import parse_qsl, unquote, urlsplit
 from synth_agent.errors import InvalidInput
 from synth_agent.planner.faults import Asked, Fault, fault_of, silent, stream_fault, web_page
 from synth_agent.planner.stream import BadChunk, ReplyBuilder
-from synth_agent.secrets import secrets_of_address, without_secrets
+from synth_agent.secrets import secrets_of_address, secrets_of_key, without_secrets
 
 if TYPE_CHECKING:
     import openai
@@ -28,8 +28,6 @@ if TYPE_CHECKING:
 _PATH = "/chat/completions"
 _POLL_SECONDS = 0.05
 _CLOSING_SECONDS = 0.3
-_SHORTEST_KEY = 8
-"""Shorter keys are words such as `none`, which servers without keys are given."""
 
 _TALKATIVE = ("openai", "httpx", "httpx2", "httpcore", "httpcore2")
 
@@ -79,8 +77,8 @@ class Address:
 
     def secrets(self, base_url: str) -> tuple[str, ...]:
         """Return what must not be written or shown."""
-        own = (self.key if len(self.key) >= _SHORTEST_KEY else "", self.basic)
-        return (*(text for text in own if text), *secrets_of_address(base_url))
+        basic = (self.basic,) if self.basic else ()
+        return (*secrets_of_key(self.key), *basic, *secrets_of_address(base_url))
 
     @property
     def is_local(self) -> bool:
