@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from synth_agent.data import (
+    END_OF_CHUNK,
     IMAGE_MARKERS,
     Sample,
     UnusableImage,
@@ -88,7 +89,7 @@ def check_data(layout: Layout, report: Callable[[int, int], None]) -> DataReport
         marker = image_marker(samples)
     except InvalidInput as error:
         problems.append(f"{error.title}: {error.message}")
-    problems += _wrong_marker_counts(samples)
+    problems += _unusable_texts(samples)
     problems += _without_question(samples, layout.original)
     reasons = unreadable({image: layout.images / image for image in pictures}, report)
     unusable = tuple(
@@ -111,17 +112,44 @@ def _repeated_ids(samples: Sequence[Sample]) -> Iterator[str]:
         )
 
 
-def _wrong_marker_counts(samples: Sequence[Sample]) -> Iterator[str]:
-    wrong = [
-        sample
-        for sample in samples
-        if (sum(sample.text.count(marker) for marker in IMAGE_MARKERS) > 0) != bool(sample.images)
-    ]
-    if wrong:
-        yield (
-            f"{len(wrong):,} samples have a picture and no image marker, or a marker and no picture: "
-            f"line {wrong[0].line}, id {wrong[0].id!r}"
-        )
+def _unusable_texts(samples: Sequence[Sample]) -> Iterator[str]:
+    """Yield what training could not use, or would use for something else."""
+    kinds = {
+        "have a picture and no image marker, or a marker and no picture": _is_unmarked,
+        "have more or fewer image markers than pictures": _is_marked_wrongly,
+        "keep a marker inside the caption, where training takes it for words": _keeps_marker,
+        "have several distinct pictures, of which training takes one": _has_several_pictures,
+    }
+    for what, is_so in kinds.items():
+        found = [sample for sample in samples if is_so(sample)]
+        if found:
+            yield f"{len(found):,} samples {what}: line {found[0].line}, id {found[0].id!r}"
+
+
+def _markers(sample: Sample) -> int:
+    return sum(sample.text.count(marker) for marker in IMAGE_MARKERS)
+
+
+def _is_unmarked(sample: Sample) -> bool:
+    return bool(_markers(sample)) != bool(sample.images)
+
+
+def _is_marked_wrongly(sample: Sample) -> bool:
+    return not _is_unmarked(sample) and _markers(sample) != len(sample.images)
+
+
+def _keeps_marker(sample: Sample) -> bool:
+    # A dialog says who speaks, and may name its picture in any question.
+    if sample.text.lstrip().startswith("[["):
+        return False
+    caption = sample.text.strip().removesuffix(END_OF_CHUNK).strip()
+    for marker in IMAGE_MARKERS:
+        caption = caption.removeprefix(marker).removesuffix(marker)
+    return any(marker in caption for marker in (*IMAGE_MARKERS, END_OF_CHUNK))
+
+
+def _has_several_pictures(sample: Sample) -> bool:
+    return len(set(sample.images)) > 1
 
 
 def _without_question(samples: Sequence[Sample], original: Path | None) -> Iterator[str]:

@@ -66,9 +66,9 @@ def _layout(options: argparse.Namespace) -> tuple[Layout, Path]:
     if given is None:
         workspace = open_workspace(options.workspace)
         data = workspace.settings.data
-        original = workspace.path(data.original)
-        layout = Layout(workspace.path(data.seed), workspace.path(data.images), original)
-        return layout, workspace.artifacts
+        folder: Path = options.images or workspace.path(data.images)
+        original: Path = options.original or workspace.path(data.original)
+        return Layout(workspace.path(data.seed), folder, original), workspace.artifacts
     if given.is_dir():
         found = find_layout(given)
         images: Path = options.images or found.images

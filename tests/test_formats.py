@@ -12,6 +12,7 @@ from synth_agent.data import count_records, read_llava, read_samples
 from synth_agent.data_check import check_data, find_layout
 from synth_agent.errors import InvalidInput
 from synth_agent.formats import Options, convert
+from synth_agent.workspace import Workspace
 
 CAPTIONS = [
     {"id": "001", "images": ["images/1.jpg"], "text": "<__dj__image>\na red cat <|__dj__eoc|>"},
@@ -198,6 +199,47 @@ def test_records_that_training_cannot_use_are_listed(folder: Path) -> None:
     assert "Mixed image markers" in markers
     assert "line 3" in unmarked
     assert "no question in stage_1.json: line 3" in unknown
+
+
+@pytest.mark.parametrize(
+    ("images", "text", "told"),
+    [
+        (1, "<__dj__image>\na <__dj__image>", "more or fewer image markers than pictures"),
+        (1, "<__dj__image>\na <__dj__image> b", "inside the caption"),
+        (1, "<__dj__image>\na <|__dj__eoc|> b <|__dj__eoc|>", "inside the caption"),
+        (2, "<__dj__image>\n<__dj__image>\na", "several distinct pictures"),
+        (1, "<__dj__image>\na <|__dj__eoc|>", ""),
+        (1, "[[human]]: <__dj__image>\nq\n[[gpt]]: a <|__dj__eoc|>", ""),
+    ],
+)
+def test_texts_that_training_would_misread_are_listed(
+    folder: Path, images: int, text: str, told: str
+) -> None:
+    named = [f"images/{number}.jpg" for number in range(images)]
+    lines(folder / "any_name.jsonl", [{"id": "0", "images": named, "text": text}])
+    problems = check_data(find_layout(folder), lambda done, total: None).problems
+    assert [told in problem for problem in problems if told in problem] == ([True] if told else [])
+    assert bool(problems) == bool(told)
+
+
+def test_the_seed_sets_pictures_and_questions_may_be_elsewhere(
+    git_workspace: Workspace,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(git_workspace.root)
+    seed = git_workspace.path(git_workspace.settings.data.seed)
+    seed.parent.mkdir(parents=True)
+    lines(seed, [{"id": "0", "images": ["0.png"], "text": "<__dj__image>\na"}])
+    array(git_workspace.path(git_workspace.settings.data.original), [{**ORIGINAL[0], "id": "0"}])
+    Image.new("RGB", (4, 4)).save(seed.parent / "0.png")
+    assert main(["check-data"]) == 0
+    assert main(["check-data", "--images", str(tmp_path)]) == 1
+    assert "1 pictures missing" in capsys.readouterr().out
+    other = array(tmp_path / "other.json", [{**ORIGINAL[0], "id": "7"}])
+    assert main(["check-data", "--original", str(other)]) == 1
+    assert "no question in other.json" in capsys.readouterr().out
 
 
 def test_the_command_names_ten_and_lists_the_rest(
