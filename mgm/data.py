@@ -143,6 +143,12 @@ class InstructionDataset:
         self.path = path
         self.images = images
         self.model_max_length = model_max_length
+        if tokenizer.pad_token_id is None:
+            raise InputError(
+                "Tokenizer without padding",
+                f"{tokenizer.name_or_path}: it has no pad_token",
+                "use the tokenizer of a Gemma instruction model",
+            )
         self.pad_id = int(tokenizer.pad_token_id)
         self.records = read_records(path)
         check_records(path, self.records, images)

@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from transformers import AutoTokenizer
 
 from mgm import generate
 from mgm.benchmarks import Benchmark, MMBench, TextVQA, scorer_fingerprint, write_lines
@@ -41,6 +40,7 @@ from mgm.progress import Progress
 from mgm.prompt import encode_prompt, generation_prompt
 from mgm.request import Decoding, Request
 from mgm.settings import parse_settings
+from mgm.tokenizer_files import TOKENIZER_CONFIG, read_tokenizer, refuse_unknown_tokens
 
 PREDICTIONS_FILE = "predictions.jsonl"
 PARTIAL_FILE = "predictions.partial.jsonl"
@@ -229,15 +229,15 @@ def load_tokenizer(settings: EvaluateSettings) -> Any:
     """Load the tokenizer of the checkpoint, or else that of the language model.
 
     Raises:
-        InputError: no folder has one.
+        InputError: no folder has one, or it cannot be read.
     """
     folders = (settings.tokenizer, settings.checkpoint, settings.language_model)
     for folder in folders:
-        if folder is not None and (folder / "tokenizer_config.json").is_file():
-            return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        if folder is not None and (folder / TOKENIZER_CONFIG).is_file():
+            return read_tokenizer(folder)
     raise InputError(
         "No tokenizer",
-        f"tokenizer_config.json is in none of {', '.join(str(f) for f in folders if f)}",
+        f"{TOKENIZER_CONFIG} is in none of {', '.join(str(f) for f in folders if f)}",
         "Give a folder that has it with --tokenizer.",
     )
 
@@ -255,12 +255,15 @@ def answer_all(
     Batches are planned over all questions, so that a continued run forms the same batches.
 
     Raises:
-        InputError: a picture cannot be read, or a question does not fit into the memory.
+        InputError: a picture cannot be read, a question does not fit into the memory, or the
+            tokenizer is that of another model.
     """
     requests = [
         Request(tuple(encode_prompt(generation_prompt(item.text, True), tokenizer)), (item.image,))
         for item in benchmark.items
     ]
+    vocabulary = model.config.language["vocab_size"]
+    refuse_unknown_tokens((request.ids for request in requests), vocabulary, tokenizer)
     batches = generate.plan_batches(requests, settings.batch_size)
     batches = [batch for batch in batches if not partial.answers.keys() >= set(batch)]
     with _decoded_ahead(benchmark, model, settings) as pictures:

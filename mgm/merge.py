@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from mgm.checkpoint import build_model, read_config, save_full, stored_dtype
 from mgm.errors import InputError
@@ -25,7 +25,7 @@ from mgm.part_folders import CLIP_FIELD, CONVNEXT_FIELD, LANGUAGE_FIELD, find_pa
 from mgm.program import run_program
 from mgm.progress import Progress
 from mgm.settings import parse_settings
-from mgm.tokenizer_files import TOKENIZER_CONFIG
+from mgm.tokenizer_files import TOKENIZER_CONFIG, read_tokenizer
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ def _parts(settings: MergeSettings) -> tuple[Path, Path, Path]:
 def _load_tokenizer(adapter: Path, language_model: Path) -> PreTrainedTokenizerBase:
     for folder in (adapter.expanduser(), language_model):
         if (folder / TOKENIZER_CONFIG).is_file():
-            return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+            return read_tokenizer(folder)
     raise InputError(
         "No tokenizer",
         f"{TOKENIZER_CONFIG} is neither in {adapter} nor {language_model}",

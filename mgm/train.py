@@ -28,7 +28,7 @@ from pathlib import Path
 from types import FrameType
 
 import torch
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from mgm.checkpoint import (
     PROJECTOR_FILE,
@@ -55,6 +55,7 @@ from mgm.pass_size import pass_size
 from mgm.program import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_TERMINATED, run_program
 from mgm.progress import Progress
 from mgm.settings import parse_settings
+from mgm.tokenizer_files import read_tokenizer, refuse_unknown_tokens
 from mgm.train_settings import TrainSettings, stage_defaults
 from mgm.trainer import METRICS_FILE, Order, Trainer
 from mgm.training_state import TrainingState, load_state
@@ -98,7 +99,7 @@ def prepare_model(settings: TrainSettings) -> tuple[MGM, PreTrainedTokenizerBase
     unfreeze(model, settings)
     if settings.gradient_checkpointing and settings.numerics == "reference":
         model.language_model.gradient_checkpointing_enable({"use_reentrant": False})
-    tokenizer = AutoTokenizer.from_pretrained(str(settings.language_model), local_files_only=True)
+    tokenizer = read_tokenizer(settings.language_model)
     return model.to(_device(settings)), tokenizer
 
 
@@ -228,6 +229,8 @@ def _prepare(
     dataset = InstructionDataset(
         settings.data, settings.images, tokenizer, model_max_length=settings.model_max_length
     )
+    vocabulary = model.config.language["vocab_size"]
+    refuse_unknown_tokens((one.input_ids for one in dataset.encoded), vocabulary, tokenizer)
     _refuse_unlabelled(dataset)
     model.train()
     features = PictureFeatures(

@@ -1,0 +1,68 @@
+"""Trainings whose parts do not belong together: told before anything is trained."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from mgm.train import main
+from tests.mgm.tiny_training import arguments, write_parts
+
+
+@pytest.fixture
+def parts(tmp_path: Path) -> dict[str, Path]:
+    return write_parts(tmp_path / "parts")
+
+
+def train(parts: dict[str, Path], output: Path) -> int:
+    return main(arguments(parts, output, "projector", output, max_steps=1))
+
+
+def _without_files(folder: Path) -> None:
+    (folder / "tokenizer.json").unlink()
+    (folder / "tokenizer_config.json").unlink()
+
+
+def _damaged(folder: Path) -> None:
+    (folder / "tokenizer.json").write_text('{"version": "1.0", "trunc', "utf-8")
+
+
+def _without_padding(folder: Path) -> None:
+    path = folder / "tokenizer_config.json"
+    content = json.loads(path.read_text("utf-8"))
+    del content["pad_token"]
+    path.write_text(json.dumps(content), "utf-8")
+
+
+def _of_a_larger_model(folder: Path) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text("utf-8")), "vocab_size": 300}), "utf-8")
+    weights = load_file(folder / "model.safetensors")
+    weights["model.embed_tokens.weight"] = weights["model.embed_tokens.weight"][:300].clone()
+    save_file(weights, folder / "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "told"),
+    [
+        (_without_files, "holds neither of tokenizer.json, tokenizer.model"),
+        (_damaged, "tokenizer.json"),
+        (_without_padding, "it has no pad_token"),
+        (_of_a_larger_model, "the embedding has 300 rows"),
+    ],
+)
+def test_a_tokenizer_that_cannot_be_used_is_named(
+    parts: dict[str, Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    spoil: Callable[[Path], None],
+    told: str,
+) -> None:
+    spoil(parts["language_model"])
+    assert train(parts, tmp_path / "out") == 2
+    assert told in capsys.readouterr().err
+    assert not (tmp_path / "out" / "mm_projector.bin").exists()
