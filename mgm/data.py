@@ -126,7 +126,8 @@ class InstructionDataset:
         images: Folder that image paths are relative to.
         tokenizer: Of the language model.
         template: Conversation template.
-        model_max_length: Longest text in tokens.
+        model_max_length: Longest sequence in tokens, pictures included.
+        tokens_of_picture: Positions that a picture takes.
 
     Raises:
         InputError: Naming the file, the record and the fix.
@@ -139,10 +140,12 @@ class InstructionDataset:
         tokenizer: PreTrainedTokenizerBase,
         template: Template = "gemma",
         model_max_length: int = 2048,
+        tokens_of_picture: int = 1,
     ) -> None:
         self.path = path
         self.images = images
         self.model_max_length = model_max_length
+        self.tokens_of_picture = tokens_of_picture
         if tokenizer.pad_token_id is None:
             raise InputError(
                 "Tokenizer without padding",
@@ -172,10 +175,16 @@ class InstructionDataset:
         record = self.records[index]
         return self._picture_of[record["image"]] if "image" in record else None
 
-    @property
-    def num_without_labels(self) -> int:
-        """Records that teach nothing, because their answers could not be told from the rest."""
-        return sum(encoded.num_labels == 0 for encoded in self.encoded)
+    def num_labels(self, index: int) -> int:
+        """Return the tokens of a record that are learned: what is cut off is not."""
+        return self.encoded[index].num_labels_within(self.model_max_length, self.tokens_of_picture)
+
+    def without_labels(self) -> list[int]:
+        """Return the records that teach nothing.
+
+        Their answers could not be told from the rest, or are cut off.
+        """
+        return [index for index in range(len(self)) if self.num_labels(index) == 0]
 
     def modality_lengths(self) -> list[int]:
         """Return each record's length in words, negative without a picture."""

@@ -44,6 +44,22 @@ class Encoded:
         """Tokens that count in the loss; zero when the mask could not be placed."""
         return sum(label != IGNORE_INDEX for label in self.labels)
 
+    def num_labels_within(self, limit: int, tokens_of_picture: int) -> int:
+        """Return the tokens that count once pictures are in place and the rest is cut off.
+
+        Args:
+            limit: Longest sequence in positions.
+            tokens_of_picture: Positions that a picture takes.
+        """
+        pictures = self.input_ids.count(IMAGE_TOKEN_ID)
+        if len(self.input_ids) + pictures * (tokens_of_picture - 1) <= limit:
+            return self.num_labels
+        count, place = 0, 0
+        for token, label in zip(self.input_ids, self.labels, strict=True):
+            count += label != IGNORE_INDEX and place < limit
+            place += tokens_of_picture if token == IMAGE_TOKEN_ID else 1
+        return count
+
 
 def normalise_image_marker(text: str) -> str:
     """Move the image marker of a message to its front, once, on a line of its own."""

@@ -227,7 +227,11 @@ def _prepare(
 ) -> tuple[MGM, PreTrainedTokenizerBase, InstructionDataset, PictureFeatures]:
     model, tokenizer = prepare_model(settings)
     dataset = InstructionDataset(
-        settings.data, settings.images, tokenizer, model_max_length=settings.model_max_length
+        settings.data,
+        settings.images,
+        tokenizer,
+        model_max_length=settings.model_max_length,
+        tokens_of_picture=model.config.num_image_tokens,
     )
     vocabulary = model.config.language["vocab_size"]
     refuse_unknown_tokens((one.input_ids for one in dataset.encoded), vocabulary, tokenizer)
@@ -295,7 +299,7 @@ def _write_finished(
         "samples_seen": state.samples_seen,
         "final_loss": sum(last) / len(last),
         "seconds": state.seconds,
-        "records_without_labels": dataset.num_without_labels,
+        "records_without_labels": len(dataset.without_labels()),
         "unlabelled_micro_batches": state.unlabelled_micro_batches,
         "out_of_memory": state.out_of_memory,
         "seed": settings.seed,
@@ -307,17 +311,20 @@ def _write_finished(
 
 
 def _refuse_unlabelled(dataset: InstructionDataset) -> None:
-    unlabelled = [
-        dataset.record_id(index)
-        for index, encoded in enumerate(dataset.encoded)
-        if encoded.num_labels == 0
-    ]
+    unlabelled = dataset.without_labels()
     if len(unlabelled) > UNLABELLED_SHARE * len(dataset):
+        hint = "an answer is empty, missing, or holds a token of the chat template"
+        if any(dataset.encoded[index].num_labels for index in unlabelled):
+            hint += (
+                f", or begins beyond model_max_length = {dataset.model_max_length}, of which a "
+                f"picture takes {dataset.tokens_of_picture}"
+            )
+        examples = ", ".join(dataset.record_id(index) for index in unlabelled[:5])
         raise InputError(
             "Records teach nothing",
             f"{dataset.path}: {len(unlabelled)} of {len(dataset)} records have no token to learn, "
-            f"for example {', '.join(unlabelled[:5])}",
-            "an answer is empty, missing, or holds a token of the chat template",
+            f"for example {examples}",
+            hint,
         )
     if unlabelled:
         print(f"{len(unlabelled)} records have no token to learn", file=sys.stderr)

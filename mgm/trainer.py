@@ -242,8 +242,7 @@ class Trainer:
     def _unlabelled(self, micro_batches: Sequence[Sequence[int]]) -> int:
         """Return how many micro-batches had nothing to learn."""
         return sum(
-            not any(self.dataset.encoded[index].num_labels for index in one)
-            for one in micro_batches
+            not any(self.dataset.num_labels(index) for index in one) for one in micro_batches
         )
 
     def _micro_batches(self, step: int) -> list[list[int]]:

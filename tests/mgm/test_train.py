@@ -315,6 +315,17 @@ def test_records_that_teach_nothing_are_refused(
     assert records[3]["id"] in told
 
 
+@pytest.mark.parametrize("numerics", ["reference", "fast"])
+def test_answers_that_are_cut_off_teach_nothing(
+    parts: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], numerics: str
+) -> None:
+    given = flags(parts, tmp_path / "output", numerics=numerics, model_max_length=8)
+    assert main(given) == 2
+    told = capsys.readouterr().err
+    assert "32 of 32 records" in told
+    assert "model_max_length = 8, of which a picture takes 4" in told
+
+
 def prepared(chosen: TrainSettings) -> tuple[Any, InstructionDataset]:
     model, tokenizer = prepare_model(chosen)
     data = InstructionDataset(
