@@ -72,15 +72,16 @@ class Case:
 class Records(InstructionDataset):
     """Made-up records in the shape of a data set: one picture each."""
 
-    def __init__(self, encoded: list[Encoded], side: int) -> None:
+    def __init__(self, encoded: list[Encoded], config: ModelConfig) -> None:
         self.path = Path("made-up")
         self.pad_id = 0
         self.model_max_length = 2048
+        self.tokens_of_picture = config.num_image_tokens
         self.encoded = encoded
         self.records = [{"image": str(index % PICTURES)} for index in range(len(encoded))]
         self.pictures = [str(index) for index in range(PICTURES)]
         self._picture_of = {name: position for position, name in enumerate(self.pictures)}
-        generator = torch.Generator().manual_seed(0)
+        side, generator = config.image_size_aux, torch.Generator().manual_seed(0)
         self._pixels = torch.randint(
             0, 256, (PICTURES, 3, side, side), dtype=torch.uint8, generator=generator
         )
@@ -112,7 +113,7 @@ def records(case: Case, config: ModelConfig, count: int) -> Records:
         labels = [IGNORE_INDEX] * (length - learned) + text[length - learned :]
         ids = [2, IMAGE_TOKEN_ID, *text]
         encoded.append(Encoded(ids, [IGNORE_INDEX, IGNORE_INDEX, *labels]))
-    return Records(encoded, config.image_size_aux)
+    return Records(encoded, config)
 
 
 def build(case: Case, preset: str = "mgm-2b", group: Group = ALONE, **changes: Any) -> Trainer:

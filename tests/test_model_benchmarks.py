@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 
 from benchmarks.gpu_answering import CASES, MMBENCH, TEXTVQA, Benchmark, Questions
-from benchmarks.gpu_scaling import compare
+from benchmarks.gpu_scaling import compare, run
 from benchmarks.gpu_scaling import table as scaling_table
+from benchmarks.gpu_training import SAMPLES
 from benchmarks.numerics import table
+from mgm.distributed import ALONE
 from mgm.model import IMAGE_TOKEN_ID
 
 
@@ -52,3 +54,16 @@ def test_processes_are_compared_with_one() -> None:
     assert record["scaling"] == pytest.approx(1.9)
     assert record["largest_loss_difference"] == pytest.approx(0.025)
     assert "| lora | 2 | 76.0 | 40.0 | 1.90 | 2.5e-02 | 31.0, 30.0 |" in scaling_table([record])
+
+
+@pytest.mark.parametrize("case", ["stage 1", "lora"])
+def test_trainings_of_made_up_records_are_real_ones(
+    case: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(SAMPLES, "pretrain", 8)
+    monkeypatch.setitem(SAMPLES, "lora", 8)
+    [record] = run([case], "mgm-mini", ALONE)
+    losses = record["together"]["losses"]
+    assert losses == record["alone"]["losses"]
+    assert len(losses) == 6 and all(6.0 < loss < 7.5 for loss in losses)  # log(750) at first
+    assert all(norm > 0 for norm in record["together"]["gradient_norms"])
