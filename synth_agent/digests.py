@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from synth_agent.errors import InvalidInput
@@ -31,19 +31,28 @@ class Digests:
     def path(self, path: Path) -> str:
         """Return the sha256 of a file, or of a folder's sorted relative paths and contents.
 
+        Links are followed, to folders too: what is read through them is part of the input.
+
         Raises:
             InvalidInput: If there is no such file or folder.
         """
-        if path.is_dir():
-            return self.files(path, sorted(f for f in path.rglob("*") if f.is_file()))
-        return self._of_file(path)
+        if not path.is_dir():
+            return self._of_file(path)
+        try:
+            found = sorted(_files_in(path, Path(os.path.realpath(path)), frozenset()))
+        except OSError as error:
+            raise _unreadable(Path(error.filename or path), error) from error
+        return self._total((file.relative_to(path), real) for file, real in found)
 
     def files(self, root: Path, paths: Iterable[Path]) -> str:
         """Return one sha256 of files under `root`, in the order given."""
+        return self._total((path.relative_to(root), path) for path in paths)
+
+    def _total(self, files: Iterable[tuple[Path, Path]]) -> str:
         total = hashlib.sha256()
-        for path in paths:
-            name = path.relative_to(root).as_posix()
-            total.update(f"{name}\0{self._of_file(path)}\n".encode())
+        for name, path in files:
+            # The bytes of the name as the disk has them, which need not be UTF-8.
+            total.update(os.fsencode(name) + f"\0{self._of_file(path)}\n".encode())
         return total.hexdigest()
 
     def save(self) -> None:
@@ -66,12 +75,34 @@ class Digests:
                 return known[1]
             digest = _sha256(path)
         except OSError as error:
-            raise InvalidInput(
-                "Cannot read input", f"{path}: {error.strerror}", "check the path in synth.yaml"
-            ) from error
+            raise _unreadable(path, error) from error
         self._known[str(path)] = (stamp, digest)
         self._changed = True
         return digest
+
+
+def _unreadable(path: Path, error: OSError) -> InvalidInput:
+    return InvalidInput(
+        "Cannot read input", f"{path}: {error.strerror}", "check the path in synth.yaml"
+    )
+
+
+def _files_in(
+    folder: Path, real: Path, above: frozenset[tuple[int, int]]
+) -> Iterator[tuple[Path, Path]]:
+    """Yield the files below a folder, and where each really is: one memory for all links to it."""
+    status = real.stat()
+    identity = (status.st_dev, status.st_ino)
+    if identity in above:
+        return  # A link to a folder that holds the link.
+    with os.scandir(real) as entries:
+        for entry in entries:
+            place = real / entry.name
+            if entry.is_dir():
+                inner = Path(os.path.realpath(place)) if entry.is_symlink() else place
+                yield from _files_in(folder / entry.name, inner, above | {identity})
+            elif entry.is_file():
+                yield folder / entry.name, place
 
 
 def _sha256(path: Path) -> str:
@@ -85,6 +116,6 @@ def _sha256(path: Path) -> str:
 def _load(path: Path) -> _Known:
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return {name: (list(entry[0]), str(entry[1])) for name, entry in raw.items()}
+    except (OSError, ValueError, AttributeError, TypeError, LookupError):
         return {}
-    return {name: (entry[0], entry[1]) for name, entry in raw.items()}

@@ -157,12 +157,11 @@ def build_pretrain(context: Context) -> Stage:
     processed = context.outputs["process"]
     seed_images = context.workspace.path(context.settings["data"]["images"])
     own_images = processed / "images"
-    extra, linked = {"data": processed / "processed.json", "images": seed_images}, {}
-    if own_images.is_dir():
-        # Its links lead to the seed's pictures, which a digest of the folder does not follow.
-        extra["images"], linked = own_images, {"seed_images": seed_images}
+    # Beside pictures that the recipe made, its links lead to the seed's.
+    images = own_images if own_images.is_dir() else seed_images
+    extra = {"data": processed / "processed.json", "images": images}
     required = ("mm_projector.bin", "train_state.json")
-    stage = _training(context, "pretrain", extra, required, linked)
+    stage = _training(context, "pretrain", extra, required)
     return _with_starts(context, stage) if _starts(context, "pretrain") > 1 else stage
 
 
@@ -241,7 +240,6 @@ def _training(
     stage: str,
     extra: Mapping[str, Path],
     required: tuple[str, ...],
-    linked: Mapping[str, Path] | None = None,
 ) -> Stage:
     given = context.settings[stage]
     settings = {name: value for name, value in given.items() if name not in _STARTS}
@@ -250,7 +248,7 @@ def _training(
     relevant = {name: value for name, value in settings.items() if name not in _ASIDE}
     if starts > 1:
         relevant |= {"starts": starts, "start_share": given.get("start_share", 1.0)}
-    inputs = _content(context, {**model, **extra, **(linked or {})})
+    inputs = _content(context, {**model, **extra})
     name = context.settings["model"]["name"]
     code = _key_code(context.digests, stage, starts)
     key = digest([stage, code, relevant, seed, name, inputs])
