@@ -499,6 +499,7 @@ def _wait(workspace: Workspace, run_id: str, since: str = "") -> int:
     from synth_agent.errors import EXIT_FAILED, EXIT_OK
 
     run = headless.follow(workspace, run_id, since=since)
+    headless.tell_refused(workspace)
     print(headless.run_text(run, workspace.settings.weights))
     return EXIT_OK if run.status == "succeeded" else EXIT_FAILED
 
@@ -507,7 +508,9 @@ def _runs(options: argparse.Namespace) -> int:
     from synth_agent import headless, pipeline
     from synth_agent.wording import benchmark_name
 
-    runs = pipeline.list_runs(_open(options), lambda error: headless.narrate(f"left out: {error}"))
+    workspace = _open(options)
+    runs = pipeline.list_runs(workspace, lambda error: headless.narrate(f"left out: {error}"))
+    headless.tell_refused(workspace)
     if options.json:
         print(json.dumps([headless.run_data(run) for run in runs]))
         return 0

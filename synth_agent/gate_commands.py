@@ -17,7 +17,7 @@ from synth_agent.errors import (
     SynthAgentError,
     nearest,
 )
-from synth_agent.headless import narrate, proposal_text
+from synth_agent.headless import narrate, proposal_text, tell_refused
 from synth_agent.planner import BuiltinPlanner, propose_recipe
 from synth_agent.planner.factory import describe, make_conversation
 from synth_agent.recipes import list_recipes
@@ -120,6 +120,7 @@ def approve(workspace: Workspace, options: argparse.Namespace) -> str:
     plan = pipeline.approve(
         workspace, proposal, shown_sha256=proposal.sha256, approver=getpass.getuser()
     )
+    tell_refused(workspace)
     pipeline.launch(workspace, plan)
     print(plan.run_id)
     return plan.run_id
@@ -129,6 +130,7 @@ def reject(workspace: Workspace, options: argparse.Namespace) -> int:
     """Turn a shown proposal down."""
     proposal = drafts.find(workspace, options.sha256)
     print(pipeline.reject(workspace, proposal, reason=options.reason, by=getpass.getuser()))
+    tell_refused(workspace)
     return EXIT_OK
 
 
@@ -150,6 +152,7 @@ def rules(workspace: Workspace, options: argparse.Namespace) -> int:
     by = getpass.getuser()
     if options.action == "revoke":
         print(standing_rules.revoke(workspace, options.rule, by=by).words())
+        tell_refused(workspace)
         return EXIT_OK
     run = options.names[0] if options.kind == "replicates" and options.names else ""
     rule = standing_rules.add(
@@ -163,6 +166,7 @@ def rules(workspace: Workspace, options: argparse.Namespace) -> int:
         recipes=tuple(options.names) if options.kind == "recipes" else (),
     )
     print(rule.words())
+    tell_refused(workspace)
     return EXIT_OK
 
 

@@ -29,6 +29,14 @@ def narrate(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
+def tell_refused(workspace: Workspace) -> None:
+    """Say so where git refused commits of the log, and why."""
+    from synth_agent import journal
+
+    if words := journal.refusal(workspace):
+        narrate(f"! {words}")
+
+
 def follow(workspace: Workspace, run_id: str, *, since: str = "") -> Run:
     """Print a run's events as they come until it ends, and return it as it then is.
 

@@ -14,7 +14,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from git import Git
@@ -59,17 +59,14 @@ def commit(
     body = message
     if trailers:
         body += "\n\n" + "\n".join(f"{key}: {value}" for key, value in trailers.items())
-    entry = {"paths": names, "message": body}
     with one_writer(workspace):
-        _make_pending(workspace)
-        earlier = pending(workspace)
-        if earlier:
-            _write_pending(workspace, [*earlier, entry])
-            return CommitResult(False, reason="an earlier commit of the log is still pending")
-        result = _commit(workspace, names, body)
-        if result.reason:
-            _write_pending(workspace, [entry])
-        return result
+        # Noted first: a process that is killed here leaves the commit to the next one.
+        waiting = [*_entries(workspace), {"paths": names, "message": body, "begun": True}]
+        _write_pending(workspace, waiting)
+        results = _make_pending(workspace)
+    if len(results) == len(waiting):
+        return results[-1]
+    return CommitResult(False, reason="an earlier commit of the log is still pending")
 
 
 def catch_up(workspace: Workspace) -> list[CommitResult]:
@@ -78,13 +75,31 @@ def catch_up(workspace: Workspace) -> list[CommitResult]:
         return _make_pending(workspace)
 
 
+def is_unrecorded(workspace: Workspace, path: Path) -> bool:
+    """Tell whether a file differs from the last commit and no commit of it is on its way."""
+    name = path.resolve().relative_to(workspace.root.resolve())
+    with one_writer(workspace):
+        waiting = [
+            PurePosixPath(known) for entry in _entries(workspace) for known in entry["paths"]
+        ]
+        if any(name.is_relative_to(known) for known in waiting):
+            return False
+        try:
+            return bool(_git(workspace).status("--porcelain", "--", name.as_posix()))
+        except (GitCommandError, GitCommandNotFound):
+            return False
+
+
 def _make_pending(workspace: Workspace) -> list[CommitResult]:
-    waiting = pending(workspace)
+    waiting = _entries(workspace)
     results: list[CommitResult] = []
     while waiting:
         result = _commit(workspace, waiting[0]["paths"], waiting[0]["message"])
         results.append(result)
         if result.reason:
+            refused = [{k: v for k, v in entry.items() if k != "begun"} for entry in waiting]
+            refused[0]["reason"] = result.reason
+            _write_pending(workspace, refused)
             break
         waiting = waiting[1:]
         _write_pending(workspace, waiting)
@@ -92,7 +107,22 @@ def _make_pending(workspace: Workspace) -> list[CommitResult]:
 
 
 def pending(workspace: Workspace) -> list[dict[str, Any]]:
-    """Return the commits that git refused so far, as paths and message."""
+    """Return the commits that git refused so far: paths, message and, for the first, the reason."""
+    return [entry for entry in _entries(workspace) if not entry.get("begun")]
+
+
+def refusal(workspace: Workspace) -> str:
+    """Say how many commits git refused and why, in one line; empty when it refused none."""
+    refused = pending(workspace)
+    if not refused:
+        return ""
+    reason = " ".join(str(refused[0].get("reason", "")).split())
+    why = f": {reason}" if reason else ""
+    return f"git refused {len(refused)} commit(s) of the log, which are made with the next{why}"
+
+
+def _entries(workspace: Workspace) -> list[dict[str, Any]]:
+    """Return the commits that were not made: refused, or begun by a process that ended."""
     try:
         entries = json.loads(_pending_file(workspace).read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -174,8 +174,10 @@ def work(
         resumed=resumed,
     )
     try:
-        for run in (before, *_others(workspace, run_id)):
+        others = _others(workspace, run_id)
+        for run in (before, *others):
             end_survivor(run)
+        _record_missed(workspace, others)
         outputs = _run_stages(workspace, plan, builders, events, flag)
         if plan.proposal.limits.data_only:
             verdict, message = None, "data only: no training was approved"
@@ -493,6 +495,14 @@ def _record(workspace: Workspace, run_id: str) -> None:
         journal.commit(workspace, [paths.root, index], message, trailers)
     except OSError as error:
         print(f"{now()} the run's record is incomplete: {error}", file=sys.stderr)
+
+
+def _record_missed(workspace: Workspace, others: Sequence[Run]) -> None:
+    """Record the runs that ended and whose worker was killed before it had written that down."""
+    for run in others:
+        log = workspace.run(run.id).events
+        if run.finished is not None and journal.is_unrecorded(workspace, log):
+            _record(workspace, run.id)
 
 
 def hold_lock(workspace: Workspace, run_id: str) -> IO[str]:

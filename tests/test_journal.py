@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import subprocess
 
+import pytest
+
 from synth_agent import journal
 from synth_agent.workspace import Workspace
 
@@ -91,3 +93,38 @@ def test_first_commit_of_a_repository(git_workspace: Workspace) -> None:
     git(git_workspace, "rm", "-rq", "--cached", ".")
     write_record(git_workspace, "0001-a")
     assert commit(git_workspace, "0001-a").made
+
+
+def test_a_killed_commit_is_made_with_the_next(
+    git_workspace: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(*_: object) -> None:
+        raise SystemExit(137)
+
+    write_record(git_workspace, "0001-a")
+    with monkeypatch.context() as patched:
+        patched.setattr(journal, "_commit", killed)
+        with pytest.raises(SystemExit):
+            commit(git_workspace, "0001-a")
+    git(git_workspace, "add", "--intent-to-add", "runs/0001-a")
+    assert journal.pending(git_workspace) == []  # git has refused nothing
+    write_record(git_workspace, "0002-b")
+    assert commit(git_workspace, "0002-b").made
+    assert [entry.subject for entry in journal.history(git_workspace)] == [
+        "run: 0002-b",
+        "run: 0001-a",
+    ]
+    assert git(git_workspace, "status", "--porcelain") == ""
+
+
+def test_a_refusal_is_told_with_gits_reason(git_workspace: Workspace) -> None:
+    lock = git_workspace.root / ".git" / "index.lock"
+    lock.touch()
+    write_record(git_workspace, "0001-a")
+    assert not commit(git_workspace, "0001-a").made
+    told = journal.refusal(git_workspace)
+    assert "refused 1 commit(s)" in told
+    assert "index.lock" in told
+    lock.unlink()
+    assert journal.catch_up(git_workspace)[0].made
+    assert journal.refusal(git_workspace) == ""

@@ -165,6 +165,32 @@ def test_run_is_not_over_before_its_commit(git_workspace: Workspace) -> None:
     assert journal.history(git_workspace)[0].trailers["Verdict"] == "baseline"
 
 
+def test_a_run_whose_worker_was_killed_at_its_end_is_recorded_by_the_next(
+    git_workspace: Workspace,
+) -> None:
+    first = approve(git_workspace)
+    before = journal.history(git_workspace)[0].hash
+    pipeline.launch(git_workspace, first, program=PROGRAM)
+    ended(git_workspace, first.run_id)
+    # As a worker leaves it that is killed between its last event and its record.
+    subprocess.run(["git", "reset", "-q", before], cwd=git_workspace.root, check=True)
+    paths = git_workspace.run(first.run_id)
+    paths.summary.unlink()
+    paths.scores.unlink()
+    second = approve(git_workspace)
+    pipeline.launch(git_workspace, second, program=PROGRAM)
+    ended(git_workspace, second.run_id)
+    assert json.loads(paths.scores.read_text())["scores"]
+    assert paths.summary.is_file()
+    verdicts = [
+        c.trailers["Run"] for c in journal.history(git_workspace) if "Verdict" in c.trailers
+    ]
+    assert verdicts == [second.run_id, first.run_id]
+    status = ["git", "status", "--porcelain"]
+    shown = subprocess.run(status, cwd=git_workspace.root, check=True, capture_output=True)
+    assert shown.stdout == b""
+
+
 def test_parent_without_scores_gives_no_verdict(git_workspace: Workspace) -> None:
     parent = approve(git_workspace)
     plan = approve(git_workspace, parent=parent.run_id)
