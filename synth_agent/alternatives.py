@@ -35,7 +35,7 @@ def propose_alternatives(
         raise InvalidInput("Bad number", f"{count} alternatives", f"ask for 1 to {MOST}")
     chooser = planner or BuiltinPlanner()
     history = list_runs(workspace, lambda error: None)
-    rejections = list_rejections(workspace)
+    rejections = list_rejections(workspace, lambda error: None)
     found: list[Proposal] = []
     while len(found) < count:
         proposal = chooser.propose(workspace, history, rejections)

@@ -43,7 +43,12 @@ def find(workspace: Workspace, prefix: str) -> Proposal:
             f"{len(matches)} shown proposals have a sha256 that starts with {prefix!r}",
             f"give at least {_SHORTEST} characters of the sha256 that `synth-agent propose` printed",
         )
-    proposal = proposal_from(json.loads(matches[0].read_text("utf-8")))
+    try:
+        proposal = proposal_from(json.loads(matches[0].read_text("utf-8")))
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise InvalidInput(
+            "Proposal cannot be read", f"{matches[0]}: {error}", "propose it again"
+        ) from error
     if proposal.sha256 != matches[0].stem:
         raise Conflict(
             "Proposal was changed", f"{matches[0]}", "propose it again: synth-agent propose"

@@ -63,7 +63,7 @@ def _of_recipe(workspace: Workspace, name: str) -> Proposal:
 def _of_planner(workspace: Workspace, options: argparse.Namespace) -> Proposal | None:
     conversation = make_conversation(workspace, options.planner, options.transcript)
     if conversation is None:
-        rejections = pipeline.list_rejections(workspace)
+        rejections = pipeline.list_rejections(workspace, _left_out)
         return BuiltinPlanner().propose(workspace, _history(workspace), rejections)
     proposed = conversation.propose(options.wish, on_text=_stream)
     print(file=sys.stderr)

@@ -17,6 +17,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -184,7 +185,9 @@ def reject(workspace: Workspace, proposal: Proposal, *, reason: str, by: str) ->
     paths.proposal.write_text(dump_proposal(proposal), "utf-8")
     _keep_transcript(workspace, proposal, paths)
     record = {"reason": reason, "by": by, "at": now(), "sha256": proposal.sha256}
-    _rejection_file(paths).write_text(yaml.safe_dump(record, sort_keys=False), "utf-8")
+    # It makes the folder a rejection: it is there whole or not at all.
+    with atomic_file(_rejection_file(paths)) as file:
+        yaml.safe_dump(record, file, sort_keys=False)
     journal.commit(workspace, [paths.root], f"run: {run_id} rejected", {"Run": run_id})
     return run_id
 
@@ -335,7 +338,9 @@ def read_events(workspace: Workspace, run_id: str) -> Run:
 
 def gpu_seconds_of(workspace: Workspace, run_id: str) -> float:
     """Return the measured wall time of a run's training and evaluation, in seconds."""
-    return gpu_seconds(_events(workspace.run(run_id)))
+    paths = workspace.run(run_id)
+    with _readable_events(paths):
+        return gpu_seconds(_events(paths))
 
 
 def is_cap_reached(gpu_hours: float, seconds: float) -> bool:
@@ -344,7 +349,21 @@ def is_cap_reached(gpu_hours: float, seconds: float) -> bool:
 
 
 def _fold(paths: RunPaths, plan: Plan) -> Run:
-    return fold(plan, _events(paths))
+    with _readable_events(paths):
+        return fold(plan, _events(paths))
+
+
+@contextmanager
+def _readable_events(paths: RunPaths) -> Iterator[None]:
+    """Name the log whose events are JSON and yet none that a worker writes."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise InvalidInput(
+            "Event log is damaged",
+            f"{paths.events}: {type(error).__name__}: {error}",
+            "restore it from git",
+        ) from error
 
 
 def _events(paths: RunPaths) -> Iterator[Event]:
@@ -375,17 +394,39 @@ def list_runs(
     return runs
 
 
-def list_rejections(workspace: Workspace) -> list[Rejection]:
-    """Return the rejected proposals, oldest first."""
+def list_rejections(
+    workspace: Workspace, damaged: Callable[[SynthAgentError], None] | None = None
+) -> list[Rejection]:
+    """Return the rejected proposals, oldest first.
+
+    Args:
+        workspace: The workspace.
+        damaged: Called for each rejection that cannot be read, which is then left out.
+
+    Raises:
+        InvalidInput: If a rejection cannot be read and nobody asked to be told.
+    """
     rejections = []
     for folder in _folders(workspace, "rejection.yaml"):
-        paths = workspace.run(folder.name)
-        proposal = proposal_from(yaml.safe_load(paths.proposal.read_text("utf-8")))
-        record = yaml.safe_load(_rejection_file(paths).read_text("utf-8"))
-        rejections.append(
-            Rejection(folder.name, proposal, record["reason"], record["by"], record["at"])
-        )
+        try:
+            rejections.append(_load_rejection(workspace.run(folder.name)))
+        except InvalidInput as error:
+            if damaged is None:
+                raise
+            damaged(error)
     return rejections
+
+
+def _load_rejection(paths: RunPaths) -> Rejection:
+    path = paths.proposal
+    try:
+        proposal = proposal_from(yaml.safe_load(path.read_text("utf-8")))
+        path = _rejection_file(paths)
+        record = yaml.safe_load(path.read_text("utf-8"))
+        said = [str(record[name]) for name in ("reason", "by", "at")]
+    except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError) as error:
+        raise InvalidInput("Not a rejection", f"{path}: {error}", "restore it from git") from error
+    return Rejection(paths.root.name, proposal, *said)
 
 
 def question_scores(predictions: Path) -> dict[str, float]:
@@ -395,7 +436,7 @@ def question_scores(predictions: Path) -> dict[str, float]:
     group without its main row is left out, as in the benchmark's own score.
 
     Raises:
-        InvalidInput: If the file cannot be read.
+        InvalidInput: If the file cannot be read or holds something else.
     """
     scores: dict[str, float] = {}
     main: set[str] = set()
@@ -407,13 +448,28 @@ def question_scores(predictions: Path) -> dict[str, float]:
             f"{predictions}: {error.strerror}",
             "resume the run that made them; only what is missing is computed",
         ) from error
-    for line in lines:
-        record = json.loads(line)
-        key = str(record.get("group", record["key"]))
-        if "group" not in record or str(record["question_id"]) == key:
+    except UnicodeDecodeError as error:
+        raise _damaged_predictions(predictions, 0, error) from error
+    for number, line in enumerate(lines, 1):
+        try:
+            record = json.loads(line)
+            key = str(record.get("group", record["key"]))
+            is_main = "group" not in record or str(record["question_id"]) == key
+            score = float(record["score"])
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise _damaged_predictions(predictions, number, error) from error
+        if is_main:
             main.add(key)
-        scores[key] = min(scores.get(key, 1.0), float(record["score"]))
+        scores[key] = min(scores.get(key, 1.0), score)
     return {key: score for key, score in scores.items() if key in main}
+
+
+def _damaged_predictions(path: Path, line: int, error: Exception) -> InvalidInput:
+    return InvalidInput(
+        "Predictions are damaged",
+        f"{path}, line {line}: {type(error).__name__}: {error}",
+        "delete the folder and resume the run: only what is missing is computed",
+    )
 
 
 def last_lines(path: Path, count: int = 12) -> str:

@@ -112,3 +112,16 @@ def test_the_days_exchanges_lie_beside_a_models_proposal(
         plan = pipeline.approve(workspace, one, shown_sha256=one.sha256, approver="a person")
         kept = workspace.run(plan.run_id).transcript
         assert kept.is_file() is is_kept
+
+
+@pytest.mark.parametrize("content", [b"", b"null", b"[]", b'{"title": "x"}', b"\xff\xfe"])
+def test_a_damaged_draft_is_named(
+    git_workspace: Workspace, capsys: pytest.CaptureFixture[str], content: bytes
+) -> None:
+    drafts_folder = git_workspace.artifacts / "drafts"
+    drafts_folder.mkdir(parents=True)
+    (drafts_folder / "abcdef123.json").write_bytes(content)
+    assert main(["-w", str(git_workspace.root), "approve", "abcdef"]) == 2
+    error = capsys.readouterr().err
+    assert str(drafts_folder / "abcdef123.json") in error
+    assert "propose it again" in error

@@ -172,6 +172,52 @@ def test_simultaneous_approvals_take_different_numbers(filled: Workspace) -> Non
     assert numbers == ["0001", "0002", "0003", "0004"]
 
 
+@pytest.mark.parametrize("text", ["", "a: [", "reason: x\n", "5\n", "\x00"])
+@pytest.mark.parametrize("name", ["rejection.yaml", "proposal.yaml"])
+def test_a_damaged_rejection_does_not_hide_the_others(
+    filled: Workspace, name: str, text: str
+) -> None:
+    proposal = plan_of(filled, settings_of(filled), []).proposal
+    good, bad = (
+        pipeline.reject(filled, replace(proposal, slug=slug), reason="no", by="a person")
+        for slug in ("good", "bad")
+    )
+    path = filled.run(bad).root / name
+    path.write_text(text)
+    problems: list[str] = []
+    kept = pipeline.list_rejections(filled, lambda error: problems.append(str(error)))
+    assert [rejection.id for rejection in kept] == [good]
+    assert [str(path) in problem for problem in problems] == [True]
+    with pytest.raises(InvalidInput, match="Not a rejection"):
+        pipeline.list_rejections(filled)
+
+
+@pytest.mark.parametrize(
+    "event",
+    [
+        {"time": "2025-01-01", "kind": "stage_started"},
+        {"time": "x", "kind": "score_recorded", "score": {}},
+        {"time": "x", "kind": "progress", "stage": "pretrain", "loss": 1.0},
+    ],
+)
+def test_a_damaged_event_log_is_named(filled: Workspace, event: dict[str, Any]) -> None:
+    proposal = plan_of(filled, settings_of(filled), []).proposal
+    plan = pipeline.approve(filled, proposal, shown_sha256=proposal.sha256, approver="a person")
+    path = filled.run(plan.run_id).events
+    path.write_text(json.dumps(event) + "\n")
+    problems: list[str] = []
+    assert pipeline.list_runs(filled, lambda error: problems.append(str(error))) == []
+    assert [str(path) in problem for problem in problems] == [True]
+
+
+def test_damaged_predictions_are_named_with_their_line(tmp_path: Path) -> None:
+    path = tmp_path / "predictions.jsonl"
+    for text in ('{"key": "1", "score": 1}\n{"key": "2"', '{"key": "1", "score": 1}\n[]\n'):
+        path.write_text(text)
+        with pytest.raises(InvalidInput, match=r"predictions\.jsonl, line 2"):
+            pipeline.question_scores(path)
+
+
 def test_a_damaged_run_does_not_hide_the_others(filled: Workspace) -> None:
     proposal = plan_of(filled, settings_of(filled), []).proposal
     for slug in ("good", "bad"):

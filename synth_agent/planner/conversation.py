@@ -106,7 +106,8 @@ class _Stopped(Exception):
 
 def load_history(workspace: Workspace) -> History:
     """Return the runs that can be read, oldest first, and the rejections."""
-    return pipeline.list_runs(workspace, lambda _: None), pipeline.list_rejections(workspace)
+    runs = pipeline.list_runs(workspace, lambda _: None)
+    return runs, pipeline.list_rejections(workspace, lambda _: None)
 
 
 class Conversation:

@@ -179,7 +179,11 @@ class WorkspaceBackend:
             changed = {name for name in files if files[name] != self._known_files[name]}
             changed |= {name for name in (live, known.live) if name is not None}
             runs = tuple(self.run(r.id) if r.id in changed else r for r in known.runs)
-        rejections = tuple(pipeline.list_rejections(self._workspace))
+        unread: list[str] = []
+        rejections = tuple(
+            pipeline.list_rejections(self._workspace, lambda e: unread.append(str(e)))
+        )
+        damaged = tuple(dict.fromkeys((*damaged, *unread)))
         self._known_files = files
         words = calibration_words(runs)
         self._notebook = Notebook(runs, rejections, live, refused, damaged, words)
@@ -228,7 +232,7 @@ class WorkspaceBackend:
         return BuiltinPlanner().propose(
             self._workspace,
             pipeline.list_runs(self._workspace, lambda error: None),
-            pipeline.list_rejections(self._workspace),
+            pipeline.list_rejections(self._workspace, lambda error: None),
         )
 
     def recipes(self) -> list[RecipeChoice]:
