@@ -7,6 +7,7 @@ there is no card. A named card needs no machine: `parse_card("24GiB")`.
 from __future__ import annotations
 
 import csv
+import math
 import re
 import shutil
 import subprocess
@@ -86,7 +87,7 @@ def parse_card(text: str) -> Card:
     """
     found = _SIZE.fullmatch(text.strip())
     size = float(found["size"]) * GIB if found else 0.0
-    if found is None or size <= DRIVER_BYTES:
+    if found is None or not DRIVER_BYTES < size < math.inf:
         raise InvalidInput("Not a card", repr(text), "write its memory: 24GiB, or 'H100 80GiB'")
     usable = round(size) - DRIVER_BYTES
     return Card(found["name"] or "", round(size), usable, usable)

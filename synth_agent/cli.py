@@ -536,11 +536,18 @@ def _compare(options: argparse.Namespace) -> int:
     from dataclasses import asdict
 
     from synth_agent import verdicts
+    from synth_agent.errors import InvalidInput
     from synth_agent.weighting import weigh
     from synth_agent.wording import basis_words, benchmark_name
 
     workspace = _open(options)
     comparisons = verdicts.compare_runs(workspace, options.earlier, options.later)
+    if not comparisons:
+        raise InvalidInput(
+            "Nothing to compare",
+            f"{options.earlier} and {options.later} have no score of the same benchmark",
+            "see what they have: synth-agent runs; resume a run that has not finished",
+        )
     if options.json:
         print(json.dumps([asdict(comparison) for comparison in comparisons]))
         return 0

@@ -314,6 +314,12 @@ def samples(workspace: Workspace, options: argparse.Namespace) -> int:
             f"{recipe.name} has {len(steps)} operators, not {options.operator}",
             "give its number, counted from 1",
         )
+    if options.count < 1 or options.seed < 0:
+        raise InvalidInput(
+            "Bad number",
+            f"--count {options.count}, --seed {options.seed}",
+            "give a count of 1 or more and a seed of 0 or more",
+        )
     branch, kept, position = steps[options.operator - 1]
     drawn = examples(kept, position, table, options.count, options.seed)
     kinds = {"kept": drawn.kept, "dropped": drawn.dropped}

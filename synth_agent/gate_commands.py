@@ -29,7 +29,7 @@ def propose(workspace: Workspace, options: argparse.Namespace) -> int:
     """Propose the next experiment, a given recipe, or several experiments; keep them as drafts."""
     if options.recipe is not None:
         proposals: Sequence[Proposal] = [_of_recipe(workspace, options.recipe)]
-    elif options.alternatives > 1:
+    elif options.alternatives != 1:
         from synth_agent.alternatives import propose_alternatives
 
         proposals = propose_alternatives(workspace, options.alternatives)

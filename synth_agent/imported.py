@@ -145,7 +145,11 @@ def import_table(workspace: Workspace, path: Path, layout: Layout, origin: Origi
     """
     try:
         text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise InvalidInput(
+            "Table cannot be read", f"{path}: {error.strerror}", "check the path"
+        ) from error
+    except UnicodeDecodeError as error:
         raise InvalidInput(
             "Table cannot be read", f"{path}: {error}", "save it as UTF-8"
         ) from error

@@ -29,7 +29,7 @@ import yaml
 from synth_agent import __version__, journal
 from synth_agent.data import atomic_file
 from synth_agent.digests import Digests
-from synth_agent.errors import Busy, Conflict, InvalidInput, SynthAgentError
+from synth_agent.errors import Busy, Conflict, InvalidInput, SynthAgentError, nearest
 from synth_agent.gate import approved_inputs, check_approval, check_limits, folder_inputs
 from synth_agent.runs import (
     BUILTIN_PLANNER,
@@ -266,7 +266,7 @@ def load_approved(workspace: Workspace, run_id: str) -> Plan:
         InvalidInput: If it is missing or was changed.
         Conflict: If it is another run's, copied there.
     """
-    path = workspace.run(run_id).plan
+    path = _plan_file(workspace, run_id)
     plan = load_plan(path)
     if plan.run_id != run_id:
         raise Conflict(
@@ -275,6 +275,20 @@ def load_approved(workspace: Workspace, run_id: str) -> Plan:
             "an approval is good for one run: propose it again and approve that",
         )
     return plan
+
+
+def _plan_file(workspace: Workspace, run_id: str) -> Path:
+    """Return the plan of a run that is there, whatever it holds.
+
+    Raises:
+        InvalidInput: If there is no such run.
+    """
+    path = workspace.run(run_id).plan
+    if Path(run_id).name == run_id and path.is_file():
+        return path
+    names = [folder.name for folder in _folders(workspace, "plan.yaml")]
+    hint = nearest(run_id, names) if names else "no run was approved yet: synth-agent propose"
+    raise InvalidInput("No such run", f"{run_id!r} in {workspace.runs}", hint)
 
 
 def cancel(workspace: Workspace, run_id: str) -> None:
@@ -316,7 +330,7 @@ def load_run(workspace: Workspace, run_id: str) -> Run:
         InvalidInput: If there is no such run or its plan is damaged.
     """
     paths = workspace.run(run_id)
-    plan = load_plan(paths.plan)
+    plan = load_plan(_plan_file(workspace, run_id))
     live = live_run(workspace)
     run = _fold(paths, plan)
     if run.status == "running" and live != run_id:
@@ -333,7 +347,7 @@ def load_run(workspace: Workspace, run_id: str) -> Run:
 def read_events(workspace: Workspace, run_id: str) -> Run:
     """Return what the plan and the events alone say, for the worker, who is alive itself."""
     paths = workspace.run(run_id)
-    return _fold(paths, load_plan(paths.plan))
+    return _fold(paths, load_plan(_plan_file(workspace, run_id)))
 
 
 def gpu_seconds_of(workspace: Workspace, run_id: str) -> float:

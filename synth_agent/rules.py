@@ -30,6 +30,7 @@ from synth_agent.workspace import Workspace
 RuleKind = Literal["replicates", "recipes", "filters"]
 KINDS: tuple[RuleKind, ...] = ("replicates", "recipes", "filters")
 DEFAULT_DAYS = 7.0
+_MOST_DAYS = 3650
 _USE = re.compile(r"rule (r[0-9]+) of .+")
 _ENDED = ("succeeded", "failed", "cancelled")
 
@@ -132,6 +133,8 @@ def add(
         Conflict: If the run was not approved as it is, or its inputs changed.
     """
     _check_numbers(gpu_hours=gpu_hours, days=days)
+    if days > _MOST_DAYS:
+        raise InvalidInput("Bad rule", f"days = {days:g}", f"give at most {_MOST_DAYS} days")
     pipeline.check_person(by)
     if type(max_runs) is not int or max_runs < 1:
         raise InvalidInput("Bad rule", f"max_runs = {max_runs!r}", "give a whole number from 1")
@@ -282,7 +285,7 @@ def rules_file(workspace: Workspace) -> Path:
 def _covered(workspace: Workspace, run: str, recipes: Sequence[str]) -> tuple[str, dict[str, str]]:
     """Return the digests of the settings and of the recipes that a rule is made for."""
     if run:
-        plan = load_plan(workspace.run(run).plan)
+        plan = pipeline.load_approved(workspace, run)
         changed = changed_inputs(workspace, plan)
         if changed:
             raise Conflict(

@@ -183,6 +183,8 @@ def test_commands(analysed: Workspace, capsys: pytest.CaptureFixture[str]) -> No
     dropped = [example["values"]["image_text_similarity"][0] for example in drawn["dropped"]]
     assert max(dropped) < 0.8
     assert main([*where, "samples", "similarity", "9"]) == 2
+    assert main([*where, "samples", "similarity", "1", "-n", "0"]) == 2
+    assert main([*where, "samples", "similarity", "1", "--seed", "-1"]) == 2
     assert "No such operator" in capsys.readouterr().err
 
 

@@ -116,7 +116,9 @@ def test_a_card_is_named_by_its_memory(text: str, name: str, gib: float) -> None
     assert card.usable == card.free == card.total - DRIVER_BYTES
 
 
-@pytest.mark.parametrize("text", ["24", "", "GiB", "0GiB", "24TiB", "-3GiB", "nan GiB"])
+@pytest.mark.parametrize(
+    "text", ["24", "", "GiB", "0GiB", "24TiB", "-3GiB", "nan GiB", "9" * 400 + "GiB"]
+)
 def test_anything_else_is_not_a_card(text: str) -> None:
     with pytest.raises(InvalidInput, match="Not a card"):
         parse_card(text)

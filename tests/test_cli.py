@@ -79,6 +79,19 @@ def test_what_the_system_refuses_names_the_file(
     assert "synth.yaml" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("command", ["show", "watch", "resume", "compare"])
+def test_a_run_that_is_not_there_is_named_with_the_nearest(
+    root: Path, capsys: pytest.CaptureFixture[str], command: str
+) -> None:
+    names = ["0001-similarty"] * (2 if command == "compare" else 1)
+    assert main([command, *names]) == 2
+    assert "no run was approved yet" in capsys.readouterr().err
+    (root / "runs" / "0001-similarity").mkdir(parents=True)
+    (root / "runs" / "0001-similarity" / "plan.yaml").touch()
+    assert main([command, *names]) == 2
+    assert "did you mean '0001-similarity'?" in capsys.readouterr().err
+
+
 def test_errors_are_data_when_data_is_asked_for(
     root: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

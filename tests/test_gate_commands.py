@@ -125,3 +125,12 @@ def test_a_damaged_draft_is_named(
     error = capsys.readouterr().err
     assert str(drafts_folder / "abcdef123.json") in error
     assert "propose it again" in error
+
+
+@pytest.mark.parametrize("number", ["0", "-3", "4"])
+def test_a_wrong_number_of_alternatives_is_refused(
+    git_workspace: Workspace, capsys: pytest.CaptureFixture[str], number: str
+) -> None:
+    where = ["-w", str(git_workspace.root)]
+    assert main([*where, "propose", "--alternatives", number]) == 2
+    assert "ask for 1 to 3" in capsys.readouterr().err

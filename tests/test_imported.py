@@ -141,7 +141,7 @@ def test_import_writes_what_is_read_again(workspace: Workspace, tmp_path: Path) 
 
 
 def test_missing_files_are_named(workspace: Workspace, tmp_path: Path) -> None:
-    with pytest.raises(InvalidInput, match=r"nothing\.csv"):
+    with pytest.raises(InvalidInput, match=r"nothing\.csv.*check the path"):
         import_table(workspace, tmp_path / "nothing.csv", LAYOUT, ORIGIN)
     assert list_imported(workspace) == ()
 

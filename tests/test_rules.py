@@ -188,6 +188,7 @@ def test_doubled_and_unreadable_rules(world: Workspace) -> None:
         {"gpu_hours": float("inf")},
         {"max_runs": 0},
         {"days": -1},
+        {"days": 1e12},
         {"by": " "},
         {"by": "rule r1 of ada"},
         {"kind": "anything"},

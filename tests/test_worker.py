@@ -15,6 +15,7 @@ import psutil
 import pytest
 
 from synth_agent import journal, pipeline
+from synth_agent.cli import main
 from synth_agent.errors import Busy, Conflict, InvalidInput
 from synth_agent.runs import Cost, Plan, Proposal, Run
 from synth_agent.workspace import Workspace
@@ -191,13 +192,17 @@ def test_a_run_whose_worker_was_killed_at_its_end_is_recorded_by_the_next(
     assert shown.stdout == b""
 
 
-def test_parent_without_scores_gives_no_verdict(git_workspace: Workspace) -> None:
+def test_parent_without_scores_gives_no_verdict(
+    git_workspace: Workspace, capsys: pytest.CaptureFixture[str]
+) -> None:
     parent = approve(git_workspace)
     plan = approve(git_workspace, parent=parent.run_id)
     pipeline.launch(git_workspace, plan, program=PROGRAM)
     run = ended(git_workspace, plan.run_id)
     assert (run.status, run.verdict) == ("succeeded", None)
     assert parent.run_id in run.message
+    assert main(["-w", str(git_workspace.root), "compare", parent.run_id, plan.run_id]) == 2
+    assert "no score of the same benchmark" in capsys.readouterr().err
 
 
 def test_full_disk_is_named(git_workspace: Workspace) -> None:
