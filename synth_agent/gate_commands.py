@@ -13,6 +13,7 @@ from synth_agent.errors import (
     EXIT_FAILED,
     EXIT_INTERRUPTED,
     EXIT_OK,
+    Busy,
     InvalidInput,
     SynthAgentError,
     nearest,
@@ -116,12 +117,20 @@ def limit(workspace: Workspace, options: argparse.Namespace) -> int:
 def approve(workspace: Workspace, options: argparse.Namespace) -> str:
     """Approve a shown proposal, start its run, and return the run's id."""
     proposal = drafts.find(workspace, options.sha256)
+    if (live := pipeline.live_run(workspace)) is not None:
+        raise Busy(
+            "A run is live", f"{live}; nothing was approved", "wait or cancel it, and repeat"
+        )
     pipeline.validate(workspace, proposal)
     plan = pipeline.approve(
         workspace, proposal, shown_sha256=proposal.sha256, approver=getpass.getuser()
     )
     tell_refused(workspace)
-    pipeline.launch(workspace, plan)
+    try:
+        pipeline.launch(workspace, plan)
+    except SynthAgentError:
+        narrate(f"{plan.run_id} is approved: start it with: synth-agent resume {plan.run_id}")
+        raise
     print(plan.run_id)
     return plan.run_id
 

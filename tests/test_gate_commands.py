@@ -9,8 +9,10 @@ import pytest
 
 from synth_agent import drafts, pipeline
 from synth_agent.cli import main
+from synth_agent.errors import Busy
 from synth_agent.planner.factory import session_transcript
 from synth_agent.runs import Limits
+from synth_agent.worker import hold_lock
 from synth_agent.workspace import Workspace, open_workspace
 from tests import llm_server
 from tests.gate_world import fill_settings
@@ -134,3 +136,24 @@ def test_a_wrong_number_of_alternatives_is_refused(
     where = ["-w", str(git_workspace.root)]
     assert main([*where, "propose", "--alternatives", number]) == 2
     assert "ask for 1 to 3" in capsys.readouterr().err
+
+
+def test_a_live_run_leaves_nothing_approved(
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    where = ["-w", str(workspace.root)]
+    assert main([*where, "propose", "--planner", "builtin", "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)["sha256"]
+    lock = hold_lock(workspace, "0007-other")
+    assert main([*where, "approve", shown]) == 3
+    assert "0007-other; nothing was approved" in capsys.readouterr().err
+    assert pipeline.list_runs(workspace) == []
+    lock.close()
+
+    def busy(*_: object) -> int:
+        raise Busy("A run is live", "another", "wait")
+
+    monkeypatch.setattr(pipeline, "launch", busy)
+    assert main([*where, "approve", shown]) == 3
+    [run] = pipeline.list_runs(workspace)
+    assert f"synth-agent resume {run.id}" in capsys.readouterr().err
