@@ -1,6 +1,7 @@
 """Pictures and conversations as the model takes them: preprocessing, the dataset, collation.
 
-Preprocessing is Pillow and plain arithmetic and reproduces the original's pixels exactly. A picture
+Preprocessing is Pillow and plain arithmetic and reproduces the original's pixels exactly, those of
+very long pictures to a few levels of rounding. A picture
 that is missing or broken, and a record that would train on the wrong picture, is an error that names
 the record; nothing is replaced in silence.
 
@@ -11,6 +12,7 @@ Source: Mini-Gemini's training code, `mgm/train/train.py` (LazySupervisedDataset
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -35,8 +37,11 @@ _UNREADABLE = (
     Image.DecompressionBombError,
     SyntaxError,
     ValueError,
+    MemoryError,
 )
 """What Pillow raises for pictures that it cannot or will not decode."""
+_MOST_RESIZED_PIXELS = 2**25
+"""Of a resized picture before it is cropped, four bytes each: 57 times as long as wide at 768."""
 _NAMED = 5
 """Records named in a message; the rest is counted."""
 
@@ -98,10 +103,33 @@ def _resize_and_crop(image: Image.Image, size: int) -> Image.Image:
     width, height = image.size
     short, long = min(width, height), max(width, height)
     longer = int(size * long / short)
+    start = (longer - size) // 2
+    if longer * size > _MOST_RESIZED_PIXELS:
+        return _resized_centre(image, size, start * long / longer, size * long / longer)
     target = (size, longer) if width <= height else (longer, size)
     resized = image.resize(target, Image.Resampling.BICUBIC)
-    left, top = (target[0] - size) // 2, (target[1] - size) // 2
+    left, top = (start, 0) if width > height else (0, start)
     return resized.crop((left, top, left + size, top + size))
+
+
+def _resized_centre(image: Image.Image, size: int, start: float, length: float) -> Image.Image:
+    """Resize only what the crop keeps: a line of 3,000 x 1 pixels would take 7 GB as a whole.
+
+    Args:
+        image: A long picture.
+        size: Side of the result.
+        start: Where along the longer side the kept part begins, in pixels of the picture.
+        length: Of the kept part, likewise.
+    """
+    width, height = image.size
+    is_wide = width > height
+    margin = math.ceil(2 * max(1.0, length / size)) + 1  # what the bicubic filter sees beyond it
+    first = max(0, math.floor(start) - margin)
+    last = min(max(width, height), math.ceil(start + length) + margin)
+    begin, end = start - first, start + length - first
+    part = image.crop((first, 0, last, height) if is_wide else (0, first, width, last))
+    box = (begin, 0, end, height) if is_wide else (0, begin, width, end)
+    return part.resize((size, size), Image.Resampling.BICUBIC, box=box)
 
 
 @dataclass(frozen=True)
@@ -220,7 +248,7 @@ class InstructionDataset:
             ]
             raise InputError(
                 "Picture cannot be read",
-                f"{self.images / name}, used by record {_listed(users)}: {error}",
+                f"{self.images / name}, used by record {_listed(users)}: {str(error) or 'out of memory'}",
                 "replace the picture, or leave the record out of the data",
             ) from error
 

@@ -6,12 +6,20 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 from transformers import PreTrainedTokenizerBase
 
-from mgm.data import InstructionDataset, check_records, preprocess_image, read_records
+from mgm import data
+from mgm.data import (
+    InstructionDataset,
+    check_records,
+    preprocess_image,
+    read_records,
+    square_pixels,
+)
 from mgm.errors import InputError
 from mgm.parity import pictures
 from mgm.parity.text import load_tokenizer
@@ -51,6 +59,35 @@ def test_pixels_and_tensors_are_the_originals() -> None:
     checks = list(pictures.check(GOLDEN / "preprocess"))
     assert len(checks) > 24
     assert [check for check in checks if not check.is_ok] == []
+
+
+@pytest.mark.parametrize("size", [(3000, 1), (1, 3000), (200, 2)])
+def test_a_very_long_picture_is_resized_only_where_it_is_kept(
+    size: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    resized: list[int] = []
+    resize = Image.Image.resize
+
+    def noted(image: Image.Image, target: tuple[int, int], *rest: Any, **more: Any) -> Image.Image:
+        resized.append(target[0] * target[1])
+        assert resized[-1] < 2**26, "memory would not do"
+        return resize(image, target, *rest, **more)
+
+    monkeypatch.setattr(Image.Image, "resize", noted)
+    square_pixels(Image.new("RGB", size), 768, "square", MEAN)
+    assert resized == [768 * 768]
+
+
+@pytest.mark.parametrize("size", [(90, 7), (7, 90), (1, 50), (400, 100), (640, 64)])
+def test_a_very_long_picture_becomes_what_it_was(
+    size: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    noise = np.random.default_rng(3).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    picture = Image.fromarray(noise)
+    whole = square_pixels(picture, 56, "square", MEAN)
+    monkeypatch.setattr(data, "_MOST_RESIZED_PIXELS", 0)
+    part = square_pixels(picture, 56, "square", MEAN)
+    assert (whole.int() - part.int()).abs().max() <= 4
 
 
 @pytest.mark.parametrize(("size", "side"), [((20, 10), 64), ((10, 31), 64), ((7, 7), 64)])
