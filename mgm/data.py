@@ -293,44 +293,69 @@ def read_records(path: Path) -> list[dict[str, Any]]:
 def check_records(path: Path, records: Sequence[Mapping[str, Any]], images: Path) -> None:
     """Refuse records that would train on nothing or on the wrong picture.
 
-    An image marker inside an answer makes one record consume two pictures, after which every
-    following row of the batch sees another row's picture.
+    An image marker inside an answer, or in a second message, makes one record consume two
+    pictures, after which every following row of the batch sees another row's picture.
 
     Raises:
         InputError: Naming the first records of the first problem found.
     """
-    malformed, marked, missing = [], [], []
+    found: dict[str, list[str]] = {}
     for index, record in enumerate(records):
         name = str(record.get("id", index))
-        messages: Any = record.get("conversations")
-        if not _is_conversation(messages):
-            malformed.append(name)
-            continue
-        answers = [m["value"] for m in messages if m["from"] == "gpt"]
-        is_marked = "image" in record and any(IMAGE_MARKER in answer for answer in answers)
-        if is_marked or any(DATA_JUICER_MARKER in message["value"] for message in messages):
-            marked.append(name)
-        if "image" in record and not (images / str(record["image"])).is_file():
-            missing.append(f"{name} ({record['image']})")
-    if malformed:
-        raise InputError(
-            "Records without a conversation",
-            f"{path}: record {_listed(malformed)}",
-            "each record needs `conversations`: messages with text in `from` and `value`",
-        )
-    if marked:
-        raise InputError(
-            "Image marker in the text",
-            f"{path}: record {_listed(marked)}",
-            f"an answer must not hold {IMAGE_MARKER}, and no text {DATA_JUICER_MARKER}: "
-            "convert with the marker that the data uses",
-        )
-    if missing:
-        raise InputError(
-            "Pictures are missing",
-            f"{path}: record {_listed(missing)}",
-            f"put them under {images}, or leave the records out",
-        )
+        problem = _problem(record, images)
+        if problem == "missing":
+            name = f"{name} ({record['image']})"
+        if problem is not None:
+            found.setdefault(problem, []).append(name)
+    hints = {
+        **_PROBLEMS,
+        "missing": ("Pictures are missing", f"put them under {images}, or {_OUT}"),
+    }
+    for problem, (title, hint) in hints.items():
+        if problem in found:
+            raise InputError(title, f"{path}: record {_listed(found[problem])}", hint)
+
+
+_OUT = "leave the records out"
+_PROBLEMS = {
+    "malformed": (
+        "Records without a conversation",
+        "each record needs `conversations`: messages with text in `from` and `value`",
+    ),
+    "image": (
+        "Records whose image is no path",
+        "`image` is one path as text; leave the key out where there is no picture",
+    ),
+    "marked": (
+        "Image marker in the text",
+        f"an answer must not hold {IMAGE_MARKER}, and no text {DATA_JUICER_MARKER}: "
+        "convert with the marker that the data uses",
+    ),
+    "marked twice": (
+        "Image marker in several messages",
+        f"a record has one picture, so one message holds {IMAGE_MARKER}: take it out of the others",
+    ),
+}
+"""Title and fix of what can be wrong with a record, in the order in which it is told."""
+
+
+def _problem(record: Mapping[str, Any], images: Path) -> str | None:
+    """Return what is wrong with a record, None where nothing is."""
+    messages: Any = record.get("conversations")
+    if not _is_conversation(messages):
+        return "malformed"
+    if any(DATA_JUICER_MARKER in message["value"] for message in messages):
+        return "marked"
+    if "image" not in record:
+        return None
+    if not isinstance(record["image"], str) or not record["image"]:
+        return "image"
+    marked = [message["from"] for message in messages if IMAGE_MARKER in message["value"]]
+    if "gpt" in marked:
+        return "marked"
+    if len(marked) > 1:
+        return "marked twice"
+    return None if (images / record["image"]).is_file() else "missing"
 
 
 def _is_conversation(messages: object) -> bool:

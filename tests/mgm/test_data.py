@@ -110,6 +110,21 @@ def test_a_marker_in_the_answer_of_a_text_only_record_is_text(images: Path) -> N
     check_records(Path("d.json"), [record("t", "the token <image> is text")], images)
 
 
+def test_a_marker_in_two_messages_names_the_record(images: Path) -> None:
+    turns = [*record("r9", image="red.png")["conversations"]] * 2
+    bad = {"id": "r9", "image": "red.png", "conversations": turns}
+    with pytest.raises(InputError, match="r9") as raised:
+        check_records(Path("d.json"), [record("r1", image="red.png"), bad], images)
+    assert raised.value.title == "Image marker in several messages"
+
+
+@pytest.mark.parametrize("image", [None, "", 5, ["red.png", "red.png"]])
+def test_an_image_that_is_no_path_names_the_record(images: Path, image: object) -> None:
+    with pytest.raises(InputError, match="record r6") as raised:
+        check_records(Path("d.json"), [record("r6", image=image)], images)
+    assert raised.value.title == "Records whose image is no path"
+
+
 def test_a_data_juicer_marker_is_refused(images: Path) -> None:
     with pytest.raises(InputError, match="r8"):
         check_records(Path("d.json"), [record("r8", "<__dj__image> a dog")], images)
