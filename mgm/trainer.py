@@ -23,6 +23,7 @@ from mgm.distributed import ALONE, Group
 from mgm.engine import Engine
 from mgm.errors import InputError
 from mgm.execution import Execution, Pass
+from mgm.files import write_atomically
 from mgm.optimization import Schedule
 from mgm.progress import Progress
 from mgm.sampling import grouped_order, shuffled_order
@@ -72,7 +73,7 @@ class Trainer:
         self.model.train()
         metrics = settings.output / METRICS_FILE
         if self.group.is_first:
-            _keep_lines(metrics, state.step // settings.logging_steps)
+            _keep_steps(metrics, state.step)
         started, samples_before = time.monotonic(), state.samples_seen
         seconds_before = state.seconds
         while state.step < total and not self._must_stop():
@@ -277,11 +278,28 @@ def _silent(one: Pass) -> Pass:
     return replace(one, scale=0.0, samples=samples)
 
 
-def _keep_lines(path: Path, count: int) -> None:
-    """Cut a metrics file back to where the state that is continued was."""
-    if path.exists():
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-        path.write_text("".join(lines[:count]), encoding="utf-8")
+def _keep_steps(path: Path, last: int) -> None:
+    """Cut a metrics file back to where the state that is continued was.
+
+    Lines may lie any number of steps apart: how many may have changed since.
+    """
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+        step = _step_of(line)
+        if step is None or step > last:
+            break
+        kept.append(line)
+    write_atomically(path, lambda target: target.write_text("".join(kept), "utf-8"))
+
+
+def _step_of(line: str) -> int | None:
+    """Return the step of a line of metrics, None where it was cut off."""
+    try:
+        return int(json.loads(line)["step"]) if line.endswith("\n") else None
+    except (ValueError, TypeError, KeyError):
+        return None
 
 
 def _out_of_memory() -> InputError:

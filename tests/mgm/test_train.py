@@ -25,6 +25,7 @@ from mgm.progress import Progress
 from mgm.settings import parse_settings
 from mgm.train import main, make_trainer, prepare_model
 from mgm.train_settings import TrainSettings, stage_defaults
+from mgm.trainer import Trainer
 from mgm.training_state import TrainingState
 from mgm.weights import read_tensors
 from tests.mgm.tiny_training import write_parts
@@ -181,6 +182,41 @@ def test_a_termination_signal_keeps_the_state(
     assert 2 <= state["state"]["step"] < STEPS
     assert main(flags(parts, output, save_steps=1000)) == 0
     assert_equal(weights(output, "projector"), weights(pretrained, "projector"))
+
+
+@pytest.mark.parametrize(("before", "after"), [(1, 4), (3, 1)])
+def test_metrics_stay_whole_when_reports_come_at_another_interval(
+    parts: dict[str, Path], tmp_path: Path, before: int, after: int
+) -> None:
+    output, state_of_step_6 = tmp_path / "out", tmp_path / "state.pt"
+
+    class Saved(Exception):
+        """Ends the training as a kill would."""
+
+    def keep(step: int) -> None:
+        if step == 6:
+            shutil.copyfile(output / "state" / "state.pt", state_of_step_6)
+        if step == 9:
+            raise Saved
+
+    with pytest.MonkeyPatch.context() as patch:
+        save = Trainer.save
+
+        def noted(trainer: Trainer, state: TrainingState) -> None:
+            save(trainer, state)
+            keep(state.step)
+
+        patch.setattr(Trainer, "save", noted)
+        with pytest.raises(Saved):
+            main(flags(parts, output, max_steps=10, save_steps=3, logging_steps=before))
+    shutil.copyfile(state_of_step_6, output / "state" / "state.pt")
+    assert main(flags(parts, output, max_steps=10, save_steps=3, logging_steps=after)) == 0
+    steps = [line["step"] for line in lines(output / "metrics.jsonl")]
+    first = list(range(before, 7, before))
+    second = [step for step in range(7, 11) if step % after == 0 or step == 10]
+    assert steps == first + second
+    history = json.loads((output / "trainer_state.json").read_text())["log_history"]
+    assert [entry["step"] for entry in history[:-1]] == steps
 
 
 def test_a_loss_that_is_not_a_number_names_step_and_records(
