@@ -19,7 +19,7 @@ from transformers.initialization import no_init_weights
 
 from mgm.config import ModelConfig
 from mgm.errors import InputError
-from mgm.files import read_json, write_atomically, write_json
+from mgm.files import read_json, write_json
 from mgm.lora import ADAPTER_CONFIG, attach_lora, load_lora, merge_lora, save_lora
 from mgm.model import MGM, init_vision_modules
 from mgm.names import (
@@ -40,6 +40,7 @@ from mgm.weights import (
     parameter_slots,
     read_shapes,
     read_tensors,
+    write_pickle,
     write_safetensors,
 )
 
@@ -220,7 +221,7 @@ def save_projector(model: MGM, path: Path, dtype: torch.dtype | None = None) -> 
     """
     named = published_parameters(model)
     content = {name: detached(value, dtype) for name, value in named.items() if is_multimodal(name)}
-    write_atomically(path, lambda target: torch.save(content, target))
+    write_pickle(path, content)
 
 
 def load_projector(model: MGM, path: Path) -> None:

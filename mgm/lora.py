@@ -11,16 +11,22 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor
 
 from mgm.errors import InputError
-from mgm.files import read_json, write_atomically, write_json
+from mgm.files import read_json, write_json
 from mgm.model import MGM
 from mgm.names import published_slots, vision_module_name
-from mgm.weights import Slots, detached, fill, parameter_slots, write_safetensors
+from mgm.weights import (
+    Slots,
+    detached,
+    fill,
+    parameter_slots,
+    write_pickle,
+    write_safetensors,
+)
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
@@ -150,7 +156,7 @@ def save_lora(model: MGM, folder: Path, base_model: str = "") -> None:
     config.save_pretrained(str(folder))
     write_safetensors(folder / ADAPTER_FILES[0], _values(_adapter_slots(model)))
     others = {f"base_model.model.{name}": v for name, v in _values(_vision_slots(model)).items()}
-    write_atomically(folder / NON_LORA_FILE, lambda target: torch.save(others, target))
+    write_pickle(folder / NON_LORA_FILE, others)
     stored = str(model.dtype).removeprefix("torch.")
     write_json(folder / "config.json", model.config.to_mgm_config(torch_dtype=stored))
     write_json(folder / "towers.json", model.config.to_towers())

@@ -73,6 +73,7 @@ def merge(settings: MergeSettings, progress: Progress) -> None:
         raise InputError(
             "Output exists", f"{settings.output} holds a model already", "Give a new folder."
         )
+    settings.output.expanduser().mkdir(parents=True, exist_ok=True)
     progress.update(step=0, total=2, unit="parts", label="load")
     language, vision, high_resolution = _parts(settings)
     tokenizer = _load_tokenizer(settings.adapter, language)

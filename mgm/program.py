@@ -1,7 +1,7 @@
 """What every program of this package does at its outermost edge: errors, signals, exit codes.
 
 Exit codes: 0 done; 2 bad input, told to the user and to the progress file; 130 and 143 stopped by
-an interrupt or a termination signal; 1 anything else, with its traceback.
+an interrupt or a termination signal; 1 a full disk, or anything else with its traceback.
 """
 
 from __future__ import annotations
@@ -77,20 +77,59 @@ def _run(
 ) -> int:
     try:
         settings = read_settings()
-        with Progress(progress_file(settings)) as progress:
+        with _opened(progress_file(settings)) as progress:
             try:
                 work(settings, progress)
             except InputError as error:
                 progress.error(error)
                 raise
+            except OSError as error:
+                if (unusable := _unusable_path(error)) is None:
+                    raise
+                progress.error(unusable)
+                raise unusable from error
     except InputError as error:
         print(f"{error.title}: {error.message}", file=sys.stderr)
         if error.hint:
             print(error.hint, file=sys.stderr)
         return EXIT_INPUT
-    except OSError as error:
-        if error.errno != errno.ENOSPC:
+    except (OSError, RuntimeError) as error:
+        if (full := _full_disk(error)) is None:
             raise
-        print(f"No space left on device: {error.filename or 'output'}", file=sys.stderr)
+        print(f"{full.strerror}: {full.filename or 'output'}", file=sys.stderr)
         return EXIT_FAILED
     return 0
+
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_UNUSABLE = (
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EISDIR),
+    *(errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP),
+)
+
+
+def _full_disk(error: BaseException | None) -> OSError | None:
+    """Return the full disk that an error comes from; torch puts an error of its own before it."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in _FULL:
+            return error
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def _unusable_path(error: OSError) -> InputError | None:
+    """Return an error that names the path which cannot be read or written, if it is one."""
+    if error.errno not in _UNUSABLE or error.filename is None:
+        return None
+    return InputError(
+        "Cannot use a path",
+        f"{error.filename}: {error.strerror}",
+        "check the path, and that it may be read or written",
+    )
+
+
+def _opened(path: Path | None) -> Progress:
+    try:
+        return Progress(path)
+    except OSError as error:
+        raise _unusable_path(error) or error from error

@@ -199,6 +199,8 @@ def _train(settings: TrainSettings, progress: Progress, group: Group) -> int | N
     """Train as one of a group's processes; return the signal that stopped it before its end."""
     with group.together():
         digest = _digest(settings)
+        # Before anything is loaded: a folder that cannot be written is told at once.
+        settings.output.mkdir(parents=True, exist_ok=True)
         is_finished = group.is_first and _is_finished(settings.output / FINISHED_FILE, digest)
     if group.any(is_finished):
         return None
@@ -208,7 +210,6 @@ def _train(settings: TrainSettings, progress: Progress, group: Group) -> int | N
     trainer = make_trainer(model, dataset, features, settings, group=group)
     torch.manual_seed(settings.data_seed + group.rank)
     state = _resume(trainer, group.text_of(0, digest))
-    settings.output.mkdir(parents=True, exist_ok=True)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _stopper(trainer))
     if not trainer.run(state, progress):

@@ -330,6 +330,17 @@ def detached(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     return value if value.untyped_storage().nbytes() == value.nbytes else value.clone()
 
 
+def write_pickle(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write a dictionary of tensors as torch does."""
+
+    def write(target: Path) -> None:
+        # Through Python's own file, since torch's does not say why it cannot write.
+        with target.open("wb") as file:
+            torch.save(dict(tensors), file)
+
+    write_atomically(path, write)
+
+
 def write_safetensors(
     path: Path, tensors: Mapping[str, Tensor], dtype: torch.dtype | None = None
 ) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import signal
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -99,6 +101,32 @@ def test_exit_codes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert recorded == {"title": "Title", "message": "file, field", "hint": "do this"}
     with pytest.raises(RuntimeError):
         run(RuntimeError())
+
+
+def test_a_path_that_cannot_be_used_is_told_as_bad_input(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, progress = tmp_path / "file", tmp_path / "progress.jsonl"
+    file.write_text("")
+
+    def work(settings: Example, progress: Progress) -> None:
+        (file / "below").mkdir(parents=True)
+
+    assert run_program(lambda: Example("x"), lambda settings: progress, work) == 2
+    assert f"{file / 'below'}: Not a directory" in capsys.readouterr().err
+    assert json.loads(progress.read_text())["error"]["title"] == "Cannot use a path"
+    assert run(None, tmp_path) == 2
+    assert f"{tmp_path}: Is a directory" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
+def test_a_full_disk_is_told_even_behind_the_error_of_a_library(
+    number: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hidden = RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos")
+    hidden.__context__ = OSError(number, os.strerror(number))
+    assert run(hidden) == 1
+    assert capsys.readouterr().err == f"{os.strerror(number)}: output\n"
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])

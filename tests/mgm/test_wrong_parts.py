@@ -66,3 +66,16 @@ def test_a_tokenizer_that_cannot_be_used_is_named(
     assert train(parts, tmp_path / "out") == 2
     assert told in capsys.readouterr().err
     assert not (tmp_path / "out" / "mm_projector.bin").exists()
+
+
+def test_an_output_that_cannot_be_written_is_told_before_weights_are_loaded(
+    parts: dict[str, Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    file = tmp_path / "file"
+    file.write_text("", "utf-8")
+    monkeypatch.setattr("mgm.train.prepare_model", lambda settings: pytest.fail("loaded"))
+    assert train(parts, file) == 2
+    assert f"{file}: File exists" in capsys.readouterr().err
