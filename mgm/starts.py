@@ -25,8 +25,6 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
-import torch
-
 from mgm.errors import InputError
 from mgm.files import read_json, write_json
 from mgm.program import EXIT_TERMINATED, run_program
@@ -35,7 +33,7 @@ from mgm.settings import parse_settings
 from mgm.train import FINISHED_FILE, train
 from mgm.train_settings import TrainSettings, stage_defaults
 from mgm.trainer import METRICS_FILE
-from mgm.training_state import STATE_FILE
+from mgm.training_state import STATE_FILE, read_state
 
 STARTS_FILE = "starts.json"
 WINDOW = 0.1
@@ -197,7 +195,7 @@ def _standing(folder: Path) -> tuple[int, float]:
     path = folder / "state" / STATE_FILE
     if not path.exists():
         return 0, 0.0
-    state = torch.load(path, map_location="cpu", weights_only=True)["state"]
+    state = read_state(path)["state"]
     return int(state["step"]), float(state["seconds"])
 
 

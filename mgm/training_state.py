@@ -7,6 +7,7 @@ and the random states. The order of samples follows from the seed and the step, 
 from __future__ import annotations
 
 import os
+import pickle
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,10 @@ import torch
 from mgm.distributed import ALONE, Group
 from mgm.engine import Engine
 from mgm.errors import InputError
+from mgm.weights import DAMAGE_ERRORS
 
 STATE_FILE = "state.pt"
+_KEYS = ("state", "trained", "engine", "random", "random_cuda")
 
 
 @dataclass
@@ -58,6 +61,29 @@ def save_state(folder: Path, state: TrainingState, engine: Engine, group: Group 
     engine.forget_older(folder, state.step)
 
 
+def read_state(path: Path) -> dict[str, Any]:
+    """Read what `save_state` wrote, without running any code in it.
+
+    Raises:
+        InputError: If the file is damaged.
+    """
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, *DAMAGE_ERRORS) as error:
+        raise _damaged(path) from error
+    if not isinstance(content, dict) or not all(key in content for key in _KEYS):
+        raise _damaged(path)
+    return content
+
+
+def _damaged(path: Path) -> InputError:
+    return InputError(
+        "Unreadable state",
+        f"{path} is cut off or damaged",
+        f"remove {path.parent}: the same command then starts this training anew",
+    )
+
+
 def load_state(folder: Path, digest: str, engine: Engine, group: Group = ALONE) -> TrainingState:
     """Continue from a folder's state, or start anew when it has none.
 
@@ -65,12 +91,12 @@ def load_state(folder: Path, digest: str, engine: Engine, group: Group = ALONE) 
     processes they start anew, which only dropout and drop path can tell.
 
     Raises:
-        InputError: If the folder holds the state of another training.
+        InputError: If the folder holds the state of another training, or a damaged one.
     """
     path = folder / STATE_FILE
     if not path.exists():
         return TrainingState(digest)
-    content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    content = read_state(path)
     state = TrainingState(**content["state"])
     if state.digest != digest or content["trained"] != list(engine.trained):
         raise InputError(

@@ -36,7 +36,7 @@ _POINTER = b"version https://git-lfs"
 # A mapping is given up after so much of it was read, so that its pages do not add up in memory.
 _MAPPED_BYTES = 256_000_000
 # What the reader of pickles was seen to raise for files with bytes changed at random.
-_DAMAGE_ERRORS = (
+DAMAGE_ERRORS = (
     AssertionError,
     AttributeError,
     EOFError,
@@ -192,7 +192,7 @@ def load_pickle(path: Path) -> dict[str, Tensor]:
         raise InputError("File not found", str(path), "check the path") from None
     except pickle.UnpicklingError as error:
         raise _refused_pickle(path, error) from None
-    except _DAMAGE_ERRORS as error:
+    except DAMAGE_ERRORS as error:
         raise _unreadable(path, error) from None
     for wrapper in ("state_dict", "model"):
         if isinstance(content, dict) and isinstance(content.get(wrapper), dict):

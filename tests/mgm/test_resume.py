@@ -97,3 +97,22 @@ def test_a_training_killed_while_it_writes_ends_with_the_undisturbed_weights(
     metrics = [folder / "metrics.jsonl" for folder in (output, undisturbed)]
     assert metrics[0].read_text() == metrics[1].read_text()
     assert not list(output.rglob("*.partial"))
+
+
+@pytest.mark.parametrize("content", [b"", b"x" * 1000, None])
+def test_a_damaged_state_is_named(
+    parts: dict[str, Path],
+    projector: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    content: bytes | None,
+) -> None:
+    output = tmp_path / "out"
+    command = arguments(parts, output, "projector", projector)
+    kill(command, ["state.pt:3:after"])
+    path = output / "state" / "state.pt"
+    path.write_bytes(path.read_bytes()[:-1000] if content is None else content)
+    assert main(command) == 2
+    told = capsys.readouterr().err
+    assert f"{path} is cut off or damaged" in told
+    assert f"remove {path.parent}" in told
