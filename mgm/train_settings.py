@@ -126,27 +126,7 @@ class TrainSettings:
         Raises:
             InputError: Naming the setting.
         """
-        least = {"learning_rate": 0.0, "max_grad_norm": 0.0, "epochs": 0.0}
-        for name, bound in least.items():
-            if not getattr(self, name) > bound:
-                raise _bad(name, getattr(self, name), f"it must be above {bound:g}")
-        counts = ("global_batch_size", "micro_batch_size", "save_steps", "logging_steps")
-        for name in (*counts, "lora_rank", "model_max_length"):
-            if getattr(self, name) < 1:
-                raise _bad(name, getattr(self, name), "it must be 1 or more")
-        for name in (
-            "max_steps",
-            "tokens_per_pass",
-            "threads",
-            "weight_decay",
-            "warmup_ratio",
-            "lora_dropout",
-        ):
-            if getattr(self, name) < 0:
-                raise _bad(name, getattr(self, name), "it must not be negative")
-        for name in ("warmup_ratio", "lora_dropout", "adam_beta1", "adam_beta2"):
-            if getattr(self, name) >= 1:
-                raise _bad(name, getattr(self, name), "it must be below 1")
+        self._refuse_numbers()
         if self.global_batch_size % self.micro_batch_size:
             raise _bad(
                 "micro_batch_size",
@@ -159,6 +139,36 @@ class TrainSettings:
             raise _bad("deepspeed", self.deepspeed, "the file of deepspeed_config says which")
         if self.stage == "finetune" and self.projector is None:
             raise _bad("projector", None, "give the mm_projector.bin of the pretraining")
+
+    def _refuse_numbers(self) -> None:
+        """Refuse numbers outside their range; what is not a number is outside every range."""
+        above = {"learning_rate": 0.0, "max_grad_norm": 0.0, "epochs": 0.0}
+        for name, bound in above.items():
+            if not getattr(self, name) > bound:
+                raise _bad(name, getattr(self, name), f"it must be above {bound:g}")
+        counts = ("global_batch_size", "micro_batch_size", "save_steps", "logging_steps")
+        for name in (*counts, "lora_rank", "model_max_length"):
+            if getattr(self, name) < 1:
+                raise _bad(name, getattr(self, name), "it must be 1 or more")
+        shares = ("warmup_ratio", "lora_dropout", "adam_beta1", "adam_beta2")
+        whole = ("max_steps", "tokens_per_pass", "threads", "workers")
+        rate = () if self.projector_learning_rate is None else ("projector_learning_rate",)
+        for name in (*shares, *whole, *rate, "weight_decay", "adam_eps"):
+            if not getattr(self, name) >= 0:
+                raise _bad(name, getattr(self, name), "it must not be negative")
+        for name in shares:
+            if getattr(self, name) >= 1:
+                raise _bad(name, getattr(self, name), "it must be below 1")
+        for name in ("learning_rate", "epochs", "weight_decay", "adam_eps"):
+            if math.isinf(getattr(self, name)):
+                raise _bad(name, getattr(self, name), "it must be finite")
+        has_masters = self.method == "full" and self.numerics == "fast"
+        if has_masters and self.moments == "8bit" and not self.adam_beta1**2 < self.adam_beta2:
+            hint = f"with moments = '8bit' it must be above adam_beta1² = {self.adam_beta1**2:g}"
+            raise _bad("adam_beta2", self.adam_beta2, hint)
+        for name in ("seed", "data_seed"):
+            if abs(getattr(self, name)) >= 2**62:
+                raise _bad(name, getattr(self, name), "it must be a number of 62 bits")
 
     @property
     def accumulation_steps(self) -> int:

@@ -89,7 +89,7 @@ class TrainSettings(_Section):
     epochs: float = Field(1.0, gt=0)
     max_steps: int = Field(0, ge=0)
     """Optimizer steps; 0 means as many as `epochs` gives."""
-    warmup_ratio: float = Field(0.03, ge=0, le=1)
+    warmup_ratio: float = Field(0.03, ge=0, lt=1)
     weight_decay: float = Field(0.0, ge=0)
     adam_beta1: float = Field(0.9, ge=0, lt=1)
     adam_beta2: float = Field(0.999, ge=0, lt=1)

@@ -414,6 +414,36 @@ def test_features_without_pictures_are_blank(parts: dict[str, Path], tmp_path: P
     assert not torch.equal(cached.low[0], cached.low[1])
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("learning_rate", "inf"),
+        ("epochs", "inf"),
+        ("weight_decay", "nan"),
+        ("lora_dropout", "nan"),
+        ("projector_learning_rate", "-1"),
+        ("adam_beta1", "-0.5"),
+        ("adam_eps", "-0.5"),
+        ("workers", "-3"),
+        ("seed", str(2**70)),
+    ],
+)
+def test_a_number_out_of_its_range_is_named(
+    parts: dict[str, Path], tmp_path: Path, name: str, value: str
+) -> None:
+    with pytest.raises(InputError, match=f"{name} = "):
+        settings(flags(parts, tmp_path / "o", **{name: value}))
+
+
+def test_moments_that_cannot_be_kept_in_a_byte_are_refused(
+    parts: dict[str, Path], tmp_path: Path
+) -> None:
+    whole = {"method": "full", "numerics": "fast", "adam_beta2": 0.8}
+    with pytest.raises(InputError, match="adam_beta2 = 0.8"):
+        settings(finetune(parts, tmp_path / "o", tmp_path, **whole, moments="8bit"))
+    settings(finetune(parts, tmp_path / "o", tmp_path, **whole))
+
+
 def test_a_setting_that_cannot_work_is_named(parts: dict[str, Path], tmp_path: Path) -> None:
     with pytest.raises(InputError, match="micro_batch_size"):
         settings(flags(parts, tmp_path / "o", micro_batch_size=3))
