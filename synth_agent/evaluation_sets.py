@@ -174,7 +174,8 @@ def _annotations(path: Path) -> list[dict[str, Any]]:
 
 def _json_lines(path: Path) -> Iterator[dict[str, Any]]:
     try:
-        lines = path.read_text("utf-8").splitlines()
+        # Texts may hold what `splitlines` takes for the end of a line.
+        lines = path.read_text("utf-8").split("\n")
         for number, line in enumerate(lines, 1):
             if line.strip():
                 entry = json.loads(line)

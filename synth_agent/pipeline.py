@@ -455,7 +455,7 @@ def question_scores(predictions: Path) -> dict[str, float]:
     scores: dict[str, float] = {}
     main: set[str] = set()
     try:
-        lines = predictions.read_text(encoding="utf-8").splitlines()
+        text = predictions.read_text(encoding="utf-8")
     except OSError as error:
         raise InvalidInput(
             "Predictions are missing",
@@ -464,7 +464,10 @@ def question_scores(predictions: Path) -> dict[str, float]:
         ) from error
     except UnicodeDecodeError as error:
         raise _damaged_predictions(predictions, 0, error) from error
-    for number, line in enumerate(lines, 1):
+    # Answers may hold what `splitlines` takes for the end of a line.
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line:
+            continue
         try:
             record = json.loads(line)
             key = str(record.get("group", record["key"]))

@@ -9,13 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
+from mgm.benchmarks import write_lines
 from mgm.train_settings import TrainSettings
 from synth_agent import pipeline
 from synth_agent.digests import Digests
 from synth_agent.errors import InvalidInput
 from synth_agent.runs import Cost, Plan, Proposal
 from synth_agent.stage_plan import BUILDERS, Context, Stage
+from synth_agent.workspace import TrainSettings as StageSettings
 from synth_agent.workspace import Workspace
 
 
@@ -122,6 +125,12 @@ def test_missing_file_and_bad_batches_are_named(filled: Workspace) -> None:
         pipeline.check_settings(filled, settings)
 
 
+@pytest.mark.parametrize(("name", "value"), [("warmup_ratio", 1), ("projector_learning_rate", -1)])
+def test_a_workspace_refuses_what_the_training_would(name: str, value: float) -> None:
+    with pytest.raises(ValidationError, match=name):
+        StageSettings.model_validate({name: value})
+
+
 def test_rejection_is_kept_with_its_reason(filled: Workspace) -> None:
     proposal = plan_of(filled, settings_of(filled), []).proposal
     first = pipeline.reject(filled, proposal, reason="too costly", by="a person")
@@ -157,6 +166,13 @@ def test_circular_group_is_one_question(tmp_path: Path) -> None:
     records = [{"key": str(q), "question_id": q, "group": g, "score": s} for q, g, s in rows]
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
     assert pipeline.question_scores(path) == {"1": 0.0, "2": 1.0}
+
+
+def test_an_answer_may_hold_any_separator_of_lines(tmp_path: Path) -> None:
+    path = tmp_path / "predictions.jsonl"
+    answer = "a\u2028b\u0085c\u2029"
+    write_lines(path, [{"key": key, "prediction": answer, "score": 1.0} for key in ("1", "2")])
+    assert pipeline.question_scores(path) == {"1": 1.0, "2": 1.0}
 
 
 def test_simultaneous_approvals_take_different_numbers(filled: Workspace) -> None:
