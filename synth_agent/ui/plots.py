@@ -49,7 +49,9 @@ def nice_axis(values: Sequence[float], *, zero: bool = False) -> Axis:
 
 
 def number(value: float) -> str:
-    """Return an axis label of at most six characters for everyday values."""
+    """Return an axis label of at most six characters for everyday values, `-` for no number."""
+    if not math.isfinite(value):
+        return "-"
     if value == 0:
         return "0"
     size = abs(value)

@@ -9,7 +9,7 @@ from textual.widgets import DataTable
 
 from synth_agent.demo import prepare_demo
 from synth_agent.miniworld import write_world
-from synth_agent.overview import Relations, StatisticDrift
+from synth_agent.overview import Overview, RecipeLine, Relations, StatisticDrift, StatisticLine
 from synth_agent.ui.app import SynthAgentApp
 from synth_agent.ui.plots import sparkline
 from synth_agent.ui.relations import relations_content
@@ -17,6 +17,8 @@ from synth_agent.ui.screens.data import DataScreen
 from synth_agent.ui.screens.samples import SamplesScreen
 from synth_agent.ui.widgets.drawing import Drawing
 from synth_agent.workspace import Workspace, open_workspace
+from tests.ui.conftest import settle
+from tests.ui.folder_backend import FolderBackend
 
 SIZES = {"num_seed_samples": 30, "num_instructions": 3, "num_textvqa": 3, "num_mmbench": 6}
 MODELLED = ("similarity", "matching", "recaption", "curriculum")
@@ -94,3 +96,17 @@ def test_a_narrow_pane_lists_the_strongest_pairs() -> None:
 def test_a_bin_that_holds_anything_is_seen() -> None:
     assert sparkline([0, 1, 1000]) == " ▁█"
     assert sparkline([0, 0]) == "  "
+
+
+async def test_a_statistic_that_is_known_of_no_sample_has_a_row(backend: FolderBackend) -> None:
+    nan = float("nan")
+    unknown = StatisticLine("image_width", "image_shape_filter", (0,) * 24, nan, nan, nan, 300)
+    overview = Overview(300, (unknown,), (RecipeLine("baseline", "As it is", 300, ""),))
+    backend.overview = lambda: overview  # type: ignore[method-assign]
+    app = SynthAgentApp(backend)
+    async with app.run_test(size=(120, 40)) as pilot:
+        await settle(pilot)
+        await pilot.press("5")
+        await settle(pilot)
+        row = app.screen.query_one("#statistics", DataTable).get_row_at(0)
+        assert [cell.plain for cell in row[2:]] == ["-", "300", "-", "-"]

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from synth_agent.ui.plots import Axis, axis_line, bar, interval_line, line_chart, nice_axis
+from synth_agent.ui.plots import Axis, axis_line, bar, interval_line, line_chart, nice_axis, number
 
 
 def dots(rows: list[str]) -> list[tuple[int, int]]:
@@ -100,3 +100,8 @@ def test_a_long_curve_keeps_its_ends() -> None:
     chart = line_chart([(step, 1.0 + 3.0 * (step == 99_999)) for step in range(100_000)], 60, 8)
     assert chart[-1].split() == ["0", "99999"]
     assert chart[0][-1] != " "
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_what_is_no_number_has_a_label_too(value: float) -> None:
+    assert number(value) == "-"
