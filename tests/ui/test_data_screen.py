@@ -17,7 +17,7 @@ from synth_agent.ui.screens.data import DataScreen
 from synth_agent.ui.screens.samples import SamplesScreen
 from synth_agent.ui.widgets.drawing import Drawing
 from synth_agent.workspace import Workspace, open_workspace
-from tests.ui.conftest import settle
+from tests.ui.conftest import seen, settle
 from tests.ui.folder_backend import FolderBackend
 
 SIZES = {"num_seed_samples": 30, "num_instructions": 3, "num_textvqa": 3, "num_mmbench": 6}
@@ -110,3 +110,17 @@ async def test_a_statistic_that_is_known_of_no_sample_has_a_row(backend: FolderB
         await settle(pilot)
         row = app.screen.query_one("#statistics", DataTable).get_row_at(0)
         assert [cell.plain for cell in row[2:]] == ["-", "300", "-", "-"]
+
+
+async def test_a_click_before_the_first_analysis_does_no_harm(backend: FolderBackend) -> None:
+    backend.overview = lambda: None  # type: ignore[method-assign]
+    app = SynthAgentApp(backend)
+    async with app.run_test(size=(120, 40)) as pilot:
+        await settle(pilot)
+        await pilot.press("5")
+        for table in ("#statistics", "#recipes"):
+            await pilot.click(table, offset=(3, 1))
+            await settle(pilot)
+            await pilot.click(table, offset=(3, 5))
+            await settle(pilot)
+        assert "not analysed yet" in seen(pilot)

@@ -67,6 +67,7 @@ class DataScreen(NotebookScreen):
         relations.border_title = "Drift and correlations"
         relations.display = False
         self._say("Reading the statistics …")
+        self._clear_tables(_FEW_STATISTICS)
         self.query_one("#recipes", DataTable).focus()
 
     def on_screen_resume(self) -> None:
@@ -126,15 +127,14 @@ class DataScreen(NotebookScreen):
         recipes = self.query_one("#recipes", DataTable)
         most = len(_STATISTICS) if self.size.width >= _WIDE else _FEW_STATISTICS
         row = recipes.cursor_row
-        for table in (statistics, recipes):
-            table.clear(columns=True)
-        statistics.add_columns(*_STATISTICS[:most])
+        self._clear_tables(most)
         if overview is None:
             self._say("The seed set was not analysed yet. Press a: every sample is scored once.")
             return
         for line in overview.statistics:
             statistics.add_row(*_statistic_cells(line)[:most])
         cells = [_recipe_cells(recipe, overview.num_samples) for recipe in overview.recipes]
+        recipes.clear(columns=True)
         for position, label in enumerate(_RECIPES):
             # A table that is filled again under the same keys does not widen by itself.
             width = max([len(label), *(row[position].cell_len for row in cells)])
@@ -147,6 +147,14 @@ class DataScreen(NotebookScreen):
             "enter shows what a recipe keeps and drops."
             + (f"\nAlike {overview.contamination}" if overview.contamination else "")
         )
+
+    def _clear_tables(self, num_statistics: int) -> None:
+        """Leave only the heads. A click on a table without columns is an error in the toolkit."""
+        columns = {"#statistics": _STATISTICS[:num_statistics], "#recipes": _RECIPES}
+        for selector, labels in columns.items():
+            table = self.query_one(selector, DataTable)
+            table.clear(columns=True)
+            table.add_columns(*labels)
 
     def _say(self, words: str) -> None:
         content = Content.styled(words, "$foreground-muted")

@@ -43,6 +43,8 @@ class HistoryScreen(NotebookScreen):
         yield Drawing(id="history-detail", classes="panel")
 
     def on_mount(self) -> None:
+        # A click on a table without columns is an error in the toolkit.
+        self.query_one(DataTable).add_columns(*_COLUMNS)
         self.query_one(DataTable).focus()
 
     def on_resize(self) -> None:
