@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
+from textual.pilot import Pilot
 from textual.widgets import Button, Input, TextArea
 
 from synth_agent.errors import Busy
@@ -505,3 +506,28 @@ async def test_the_palette_runs_what_the_keys_run(backend: FolderBackend, open_a
         await pilot.pause(0.5)
         await settle(pilot)
         assert pilot.app.current_mode == "history"
+
+
+async def test_the_cursor_of_history_stays_on_its_run(
+    workspace: Workspace, backend: FolderBackend, open_app: Open
+) -> None:
+    async with open_app(backend) as pilot:
+        await settle(pilot)
+        await pilot.press("4", "down")
+        await settle(pilot)
+        assert "Try the recipe baseline" in seen(pilot)
+        live_run(workspace)
+        await until(pilot, "3 runs")
+        assert "Try the recipe baseline" in seen(pilot)
+        await pilot.press("enter")
+        await settle(pilot)
+        assert "0001-baseline Try the recipe baseline" in seen(pilot)
+
+
+async def until(pilot: Pilot[int], words: str) -> None:
+    """Wait until something is on the screen, 60 seconds at most."""
+    for _ in range(600):
+        if words in seen(pilot):
+            return
+        await pilot.pause(0.1)
+    raise AssertionError(f"{words!r} was not shown: {seen(pilot)}")

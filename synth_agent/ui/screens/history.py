@@ -36,6 +36,8 @@ class HistoryScreen(NotebookScreen):
     def __init__(self, backend: Backend) -> None:
         super().__init__(backend)
         self._marked: list[str] = []
+        self._rows: dict[str, list[Text]] = {}
+        """What the table shows, by the id of the run or rejection."""
 
     def compose_body(self) -> ComposeResult:
         yield Drawing(id="history-head")
@@ -52,30 +54,46 @@ class HistoryScreen(NotebookScreen):
             self.show_notebook(self.notebook)
 
     def show_notebook(self, notebook: Notebook) -> None:
-        table = self.query_one(DataTable)
-        cursor = table.cursor_row
-        is_wide = self.size.width >= _WIDE
-        table.clear(columns=True)
-        table.add_columns(*_COLUMNS, *(_MORE_COLUMNS if is_wide else ()))
-        for run in reversed(notebook.runs):
-            self._add_row(run.id, self._run_cells(run), is_wide)
-        for rejection in reversed(notebook.rejections):
-            self._add_row(rejection.id, self._rejection_cells(rejection), is_wide)
-        table.move_cursor(row=min(cursor, max(0, table.row_count - 1)))
+        rows = {run.id: self._run_cells(run) for run in reversed(notebook.runs)}
+        rows |= {one.id: self._rejection_cells(one) for one in reversed(notebook.rejections)}
+        self._fill(rows, is_wide=self.size.width >= _WIDE)
         words = (
             f"{len(notebook.runs)} runs, {len(notebook.rejections)} rejected proposals. "
             "enter opens, space marks two, = compares."
-            if table.row_count
+            if rows
             else "No runs yet. Press 1 and start with the baseline."
         )
         lines = [words, *(f"Predictions of {clean(one)}." for one in notebook.calibration)]
         content = Content.styled("\n".join(lines), "$foreground-muted")
         self.query_one("#history-head", Drawing).show(lambda width, height: content)
-        self.query_one("#history-detail").display = bool(table.row_count)
+        self.query_one("#history-detail").display = bool(rows)
 
-    def _add_row(self, key: str, cells: list[Text], is_wide: bool) -> None:
-        shown = cells if is_wide else cells[: len(_COLUMNS)]
-        self.query_one(DataTable).add_row(*shown, key=key)
+    def _fill(self, rows: dict[str, list[Text]], *, is_wide: bool) -> None:
+        """Show rows; what stays stays in its place, and the cursor on its run."""
+        labels = (*_COLUMNS, *(_MORE_COLUMNS if is_wide else ()))
+        rows = {key: cells[: len(labels)] for key, cells in rows.items()}
+        table = self.query_one(DataTable)
+        if list(rows) == list(self._rows) and len(table.columns) == len(labels):
+            for key, cells in rows.items():
+                for label, cell, before in zip(labels, cells, self._rows[key], strict=True):
+                    if (cell, cell.style) != (before, before.style):
+                        table.update_cell(key, label, cell, update_width=True)
+        else:
+            row, chosen = table.cursor_row, self._key_under_cursor()
+            table.clear(columns=True)
+            for label in labels:
+                table.add_column(label, key=label)
+            for key, cells in rows.items():
+                table.add_row(*cells, key=key)
+            row = table.get_row_index(chosen) if chosen in rows else min(row, len(rows) - 1)
+            table.move_cursor(row=max(0, row))
+        self._rows = rows
+
+    def _key_under_cursor(self) -> str:
+        table = self.query_one(DataTable)
+        if not table.row_count:
+            return ""
+        return table.coordinate_to_cell_key(table.cursor_coordinate).row_key.value or ""
 
     def _label_of(self, key: str) -> Text:
         mark = "●" if key in self._marked else " "
@@ -140,11 +158,10 @@ class HistoryScreen(NotebookScreen):
             self.post_message(RunRequested(run.id))
 
     def action_mark(self) -> None:
-        table = self.query_one(DataTable)
-        if self.notebook is None or not table.row_count:
+        key = self._key_under_cursor()
+        if self.notebook is None or not key:
             return
-        key = table.coordinate_to_cell_key(table.cursor_coordinate).row_key.value
-        if key is None or self.notebook.run(key) is None:
+        if self.notebook.run(key) is None:
             self.notify("Only runs can be compared.", markup=False)
             return
         if key in self._marked:
