@@ -17,7 +17,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -327,7 +326,7 @@ def load_run(workspace: Workspace, run_id: str) -> Run:
     """Return what is known of a run.
 
     Raises:
-        InvalidInput: If there is no such run or its plan is damaged.
+        InvalidInput: If there is no such run, or its plan or event log is damaged.
     """
     paths = workspace.run(run_id)
     plan = load_plan(_plan_file(workspace, run_id))
@@ -353,8 +352,12 @@ def read_events(workspace: Workspace, run_id: str) -> Run:
 def gpu_seconds_of(workspace: Workspace, run_id: str) -> float:
     """Return the measured wall time of a run's training and evaluation, in seconds."""
     paths = workspace.run(run_id)
-    with _readable_events(paths):
+    try:
         return gpu_seconds(_events(paths))
+    except (KeyError, TypeError, ValueError) as error:
+        raise InvalidInput(
+            "Event log is damaged", f"{paths.events}: {error!r}", "restore it from git"
+        ) from error
 
 
 def is_cap_reached(gpu_hours: float, seconds: float) -> bool:
@@ -363,26 +366,12 @@ def is_cap_reached(gpu_hours: float, seconds: float) -> bool:
 
 
 def _fold(paths: RunPaths, plan: Plan) -> Run:
-    with _readable_events(paths):
-        return fold(plan, _events(paths))
-
-
-@contextmanager
-def _readable_events(paths: RunPaths) -> Iterator[None]:
-    """Name the log whose events are JSON and yet none that a worker writes."""
-    try:
-        yield
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise InvalidInput(
-            "Event log is damaged",
-            f"{paths.events}: {type(error).__name__}: {error}",
-            "restore it from git",
-        ) from error
+    return fold(plan, _events(paths))
 
 
 def _events(paths: RunPaths) -> Iterator[Event]:
     text = paths.events.read_bytes().decode("utf-8", "replace") if paths.events.exists() else ""
-    return parse_events(text.splitlines())
+    return parse_events(text.split("\n"))
 
 
 def list_runs(

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import yaml
 
@@ -329,7 +329,9 @@ def parse_events(lines: Iterable[str]) -> Iterator[Event]:
             record = json.loads(line)
         except json.JSONDecodeError:
             continue
-        if isinstance(record, dict) and "time" in record and "kind" in record:
+        if not isinstance(record, dict):
+            continue
+        if isinstance(record.get("time"), str) and isinstance(record.get("kind"), str):
             yield Event(record.pop("time"), record.pop("kind"), record)
 
 
@@ -384,10 +386,22 @@ class Run:
         return self.status in ("succeeded", "failed", "running", "interrupted", "approved")
 
     def apply(self, event: Event) -> None:
-        """Take one event into account."""
+        """Take one event into account.
+
+        Raises:
+            InvalidInput: If it is not what an event of its kind is.
+        """
         handler = getattr(self, f"_on_{event.kind}", None)
-        if handler is not None:
+        if handler is None:
+            return
+        try:
             handler(event)
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise InvalidInput(
+                "Event log is damaged",
+                f"runs/{self.id}/events.jsonl: {event.kind} of {event.time}: {error!r}",
+                "restore it from git",
+            ) from error
 
     def _on_run_started(self, event: Event) -> None:
         self.status = "running"
@@ -422,7 +436,7 @@ class Run:
 
     def _on_stage_finished(self, event: Event) -> None:
         stage = self.stages[event.fields["stage"]]
-        stage.status = event.fields["status"]
+        stage.status = _one_of(StageStatus, event.fields["status"])
         stage.seconds = event.fields.get("seconds")
         stage.output = event.fields.get("output")
         stage.result = event.fields.get("result") or {}
@@ -440,15 +454,31 @@ class Run:
         self.notes.append(event.fields["text"])
 
     def _on_run_finished(self, event: Event) -> None:
-        self.status = event.fields["status"]
-        self.verdict = event.fields.get("verdict")
+        self.status = _one_of(RunStatus, event.fields["status"])
+        verdict = event.fields.get("verdict")
+        self.verdict = None if verdict is None else _one_of(Verdict, verdict)
         self.message = event.fields.get("message", "")
         self.error = event.fields.get("error")
         self.finished = event.time
 
 
+def _one_of(words: Any, word: Any) -> Any:
+    """Return a word of a `Literal`.
+
+    Raises:
+        ValueError: If it is none of them.
+    """
+    if word not in get_args(words):
+        raise ValueError(f"{word!r} is none of {', '.join(get_args(words))}")
+    return word
+
+
 def fold(plan: Plan, events: Iterable[Event]) -> Run:
-    """Return the run that a plan and its events describe."""
+    """Return the run that a plan and its events describe.
+
+    Raises:
+        InvalidInput: If an event is not what one of its kind is.
+    """
     run = Run(plan.run_id, plan)
     for event in events:
         run.apply(event)

@@ -223,7 +223,7 @@ def test_a_damaged_event_log_is_named(filled: Workspace, event: dict[str, Any]) 
     path.write_text(json.dumps(event) + "\n")
     problems: list[str] = []
     assert pipeline.list_runs(filled, lambda error: problems.append(str(error))) == []
-    assert [str(path) in problem for problem in problems] == [True]
+    assert [f"runs/{plan.run_id}/events.jsonl" in problem for problem in problems] == [True]
 
 
 def test_damaged_predictions_are_named_with_their_line(tmp_path: Path) -> None:

@@ -170,31 +170,43 @@ class WorkspaceBackend:
         state = (live, refused, files)
         if known is not None and state == (known.live, known.pending_commits, self._known_files):
             return known
-        damaged = known.damaged if known is not None else ()
-        if known is None or damaged or files.keys() != self._known_files.keys():
-            found: list[str] = []
+        found: list[str] = []
+        runs = self._changed_runs(known, files, live)
+        if runs is None:
             runs = tuple(pipeline.list_runs(self._workspace, lambda e: found.append(str(e))))
-            damaged = tuple(found)
-        else:
-            changed = {name for name in files if files[name] != self._known_files[name]}
-            changed |= {name for name in (live, known.live) if name is not None}
-            runs = tuple(self.run(r.id) if r.id in changed else r for r in known.runs)
-        unread: list[str] = []
-        rejections = tuple(
-            pipeline.list_rejections(self._workspace, lambda e: unread.append(str(e)))
-        )
-        damaged = tuple(dict.fromkeys((*damaged, *unread)))
+        rejections = pipeline.list_rejections(self._workspace, lambda e: found.append(str(e)))
         self._known_files = files
         words = calibration_words(runs)
-        self._notebook = Notebook(runs, rejections, live, refused, damaged, words)
+        self._notebook = Notebook(runs, tuple(rejections), live, refused, tuple(found), words)
         return self._notebook
+
+    def _changed_runs(
+        self,
+        known: Notebook | None,
+        files: dict[str, list[tuple[str, int, int]]],
+        live: str | None,
+    ) -> tuple[Run, ...] | None:
+        """Return the runs with those read again that changed; None if all have to be read."""
+        if known is None or known.damaged or files.keys() != self._known_files.keys():
+            return None
+        changed = {name for name in files if files[name] != self._known_files[name]}
+        changed |= {name for name in (live, known.live) if name is not None}
+        try:
+            return tuple(self.run(r.id) if r.id in changed else r for r in known.runs)
+        except InvalidInput:
+            return None
 
     def _files(self) -> dict[str, list[tuple[str, int, int]]]:
         """Return name, size and time of the files of each run, by the run's folder."""
         found: dict[str, list[tuple[str, int, int]]] = {}
         for path in sorted(self._workspace.runs.glob("*/*")):
             if path.suffix in (".yaml", ".jsonl"):
-                status = path.stat()
+                try:
+                    status = path.stat()
+                except (
+                    FileNotFoundError
+                ):  # removed meanwhile, or an editor's lock, which is a dangling link
+                    continue
                 entry = (path.name, status.st_size, status.st_mtime_ns)
                 found.setdefault(path.parent.name, []).append(entry)
         return found

@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from synth_agent import pipeline
 from synth_agent.errors import InvalidInput
+from synth_agent.runs import dump_proposal, parse_events
 from synth_agent.ui.backend import WorkspaceBackend
 from synth_agent.ui.questions import read_questions
 from synth_agent.workspace import Workspace
@@ -84,3 +86,60 @@ def test_the_history_is_read_again_only_when_it_changed(workspace: Workspace) ->
     assert third.runs[2].status == "failed"
     assert third.runs[:2] == second.runs[:2]
     assert third.runs[0] is second.runs[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "title"),
+    [
+        ("plan.yaml", "run_id: 0002-similarity\n", "Not a plan"),
+        ("events.jsonl", '{"time": "2026", "kind": "stage_started"}\n', "Event log is damaged"),
+        (
+            "events.jsonl",
+            '{"time": "2026", "kind": "run_finished", "status": "lost"}\n',
+            "'lost' is none of",
+        ),
+        ("events.jsonl", '{"time": "2026", "kind": "score_recorded", "score": 1}\n', "damaged"),
+    ],
+)
+def test_a_run_that_breaks_while_it_is_shown_is_named_and_hides_no_other(
+    workspace: Workspace, name: str, text: str, title: str
+) -> None:
+    backend = WorkspaceBackend(workspace)
+    assert len(backend.notebook().runs) == 2
+    path = workspace.run("0002-similarity").root / name
+    whole = path.read_bytes()
+    path.write_text(text, "utf-8")
+    broken = backend.notebook()
+    assert [run.id for run in broken.runs] == ["0001-baseline"]
+    (problem,) = broken.damaged
+    assert title in problem
+    assert "0002-similarity" in problem
+    path.write_bytes(whole)
+    healed = backend.notebook()
+    assert (len(healed.runs), healed.damaged) == (2, ())
+
+
+def test_a_rejection_that_cannot_be_read_is_named_and_hides_nothing(workspace: Workspace) -> None:
+    backend = WorkspaceBackend(workspace)
+    folder = workspace.run("0003-words").root
+    folder.mkdir()
+    (folder / "proposal.yaml").write_text(dump_proposal(proposal_for(workspace, "words", None)))
+    (folder / "rejection.yaml").write_text("")
+    notebook = backend.notebook()
+    assert len(notebook.runs) == 2
+    (problem,) = notebook.damaged
+    assert "Not a rejection" in problem
+    assert "0003-words" in problem
+    with pytest.raises(InvalidInput, match="0003-words"):
+        pipeline.list_rejections(workspace)
+
+
+def test_an_editors_lock_beside_a_plan_hides_nothing(workspace: Workspace) -> None:
+    lock = workspace.run("0002-similarity").root / ".#plan.yaml"
+    lock.symlink_to("ada@here.17")
+    assert len(WorkspaceBackend(workspace).notebook().runs) == 2
+
+
+def test_lines_without_a_time_in_words_are_no_events() -> None:
+    lines = ['{"time": null, "kind": "note", "text": "a"}', '{"time": "2026", "kind": 5}', "[1]"]
+    assert list(parse_events(lines)) == []
