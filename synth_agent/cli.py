@@ -10,6 +10,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -55,6 +56,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"synth-agent {__version__}")
         return 0
     options = build_parser().parse_args(given)
+    from synth_agent.errors import EXIT_INTERRUPTED
+    from synth_agent.terminal import escaped_output
+
+    # The app draws for itself.
+    draws = options.command in (_open_app, _demo)
+    try:
+        with nullcontext() if draws else escaped_output():
+            return _run(options)
+    except BrokenPipeError:
+        sys.stderr.close()
+        return EXIT_INTERRUPTED
+
+
+def _run(options: argparse.Namespace) -> int:
     from synth_agent.errors import EXIT_INTERRUPTED, SynthAgentError, system_error
 
     try:
@@ -67,8 +82,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
     except BrokenPipeError:
-        sys.stderr.close()
-        return EXIT_INTERRUPTED
+        raise
     except OSError as error:
         told = system_error(error)
         _show_error(told, as_json=getattr(options, "json", False))

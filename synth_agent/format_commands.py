@@ -14,6 +14,7 @@ from synth_agent.data_check import DataReport, Layout, check_data, find_layout
 from synth_agent.errors import EXIT_FAILED, EXIT_OK, InvalidInput
 from synth_agent.formats import Conversion, Options, convert
 from synth_agent.headless import narrate
+from synth_agent.terminal import escaped
 from synth_agent.wording import duration
 from synth_agent.workspace import Workspace, open_workspace
 
@@ -97,8 +98,14 @@ def _list_pictures(report: DataReport, folder: Path) -> Path:
     with atomic_file(path) as file:
         file.write("line\tid\tpicture\treason\n")
         for one in report.unusable:
-            file.write(f"{one.line}\t{one.id}\t{one.image}\t{one.reason}\n")
+            cells = (_cell(one.id), _cell(one.image), _cell(one.reason))
+            file.write("\t".join((str(one.line), *cells)) + "\n")
     return path
+
+
+def _cell(value: object) -> str:
+    """Return a value on one line: ids and file names may hold anything."""
+    return escaped(str(value)).replace("\t", "\\t").replace("\n", "\\n")
 
 
 def _report_text(report: DataReport, listed: Path | None) -> str:
@@ -113,7 +120,7 @@ def _report_text(report: DataReport, listed: Path | None) -> str:
             f"{missing:,} pictures missing, {len(report.unusable) - missing:,} unreadable:"
         )
         lines += [
-            f"  line {one.line}, id {one.id}: {one.image}: {one.reason}"
+            f"  line {one.line}, id {_cell(one.id)}: {_cell(one.image)}: {_cell(one.reason)}"
             for one in report.unusable[:NAMED_PICTURES]
         ]
         lines.append(f"all of them: {listed}")

@@ -242,6 +242,21 @@ def test_the_seed_sets_pictures_and_questions_may_be_elsewhere(
     assert "no question in other.json" in capsys.readouterr().out
 
 
+def test_names_reach_the_terminal_as_text(
+    folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    record = {"id": "a\x1b]0;b\x07\n", "images": ["\x1b[2J\u202e.png"], "text": "<__dj__image>\nc"}
+    lines(folder / "any_name.jsonl", [record])
+    assert main(["check-data", str(folder)]) == 1
+    told = capsys.readouterr()
+    assert r"id a\u001b]0;b\u0007\n: \u001b[2J\u202e.png: missing" in told.out
+    assert len((tmp_path / "unusable-pictures.tsv").read_text().splitlines()) == 2
+
+
 def test_the_command_names_ten_and_lists_the_rest(
     folder: Path,
     tmp_path: Path,
