@@ -67,6 +67,7 @@ _NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,63}")
 _HEADER = re.compile(r"#\s?(title|reason|published|keeps):\s*(.*)")
 _CONTINUATION = re.compile(r"#\s{2,}(\S.*)")
 _PUBLISHED_KEYS = ("textvqa", "mmbench", "rows_k", "row")
+_MOST_PUBLISHED = 1_000_000_000
 
 
 @dataclass(frozen=True)
@@ -476,11 +477,12 @@ def _published(text: str, path: Path) -> dict[str, float]:
     for part in text.split():
         key, _, value = part.partition("=")
         number = _number(value)
-        if key not in _PUBLISHED_KEYS or number is None:
+        if key not in _PUBLISHED_KEYS or number is None or not 0 <= number <= _MOST_PUBLISHED:
             raise InvalidInput(
                 "Bad recipe header",
                 f"{path}, published: {part!r}",
-                f"write key=number with the keys {', '.join(_PUBLISHED_KEYS)}",
+                f"write key=number, 0 to {_MOST_PUBLISHED:,}, with the keys "
+                f"{', '.join(_PUBLISHED_KEYS)}",
             )
         published[key] = number
     if published and set(published) != set(_PUBLISHED_KEYS):
