@@ -553,6 +553,15 @@ def test_break_is_repeated_when_nobody_watches(connect: Connect) -> None:
     assert spent.estimated and spent.tokens > reply.prompt_tokens + reply.completion_tokens
 
 
+def test_a_count_that_no_model_reaches_is_no_count(connect: Connect) -> None:
+    absurd = Answer("Hello there.", usage=(10**30, 10**9))
+    with LlmServer(servers.vllm(absurd), servers.vllm()) as server:
+        client = connect(server)
+        assert client.ask().text == "Hello there."
+        assert client.budget.spent.estimated and client.budget.spent.tokens < 1000
+        assert client.ask().text == "Hello there."
+
+
 def test_nobody_listens(connect: Connect) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))

@@ -21,6 +21,8 @@ _TAGGED_CALL = re.compile(r"<tool_call>(.*?)</tool_call>", re.DOTALL)
 _FENCE = re.compile(r"\A\s*```[\w-]*\s*\n(.*?)\n?\s*```\s*\Z", re.DOTALL)
 _LONGEST_CHARACTERS = 2_000_000
 """No reply is longer: a server that never stops is cut off here."""
+_MOST_TOKENS = 10_000_000
+"""No model reads or writes more at once: a server that counts more does not count."""
 _CUT = ("length", "max_tokens", "model_length")
 _FILTERED = ("content_filter", "safety", "sensitive")
 
@@ -230,7 +232,7 @@ class ReplyBuilder:
             return
         for name in ("prompt_tokens", "completion_tokens"):
             value = usage.get(name)
-            if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+            if type(value) is int and 0 < value <= _MOST_TOKENS:
                 self.has_usage = True
                 setattr(self, name, value)
 
