@@ -281,8 +281,9 @@ def read_records(path: Path) -> list[dict[str, Any]]:
         records = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError("Data file cannot be read", f"{path}: {error.strerror}") from error
-    except json.JSONDecodeError as error:
-        raise InputError("Data file is not JSON", f"{path}: {error}") from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        hint = "give one JSON array of records, saved as UTF-8"
+        raise InputError("Data file is not JSON", f"{path}: {error}", hint) from error
     if not isinstance(records, list) or not all(isinstance(record, dict) for record in records):
         raise InputError("Data file is not a LLaVA file", f"{path}: expected an array of objects")
     if not records:

@@ -160,6 +160,13 @@ def test_files_that_are_not_llava_files_are_refused(tmp_path: Path, text: str) -
         read_records(path)
 
 
+def test_a_data_file_of_another_encoding_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "data.json"
+    path.write_bytes(json.dumps([record("r", "caf\u00e9")], ensure_ascii=False).encode("latin-1"))
+    with pytest.raises(InputError, match=r"data\.json.*UTF-8"):
+        read_records(path)
+
+
 def test_a_corrupt_picture_names_record_and_file(
     images: Path, tokenizer: PreTrainedTokenizerBase
 ) -> None:
