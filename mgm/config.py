@@ -357,7 +357,14 @@ class ModelConfig:
             InputError: If a file is missing or unusable, or the two towers normalise differently.
         """
         language_file = language_dir / "config.json"
-        language = _pick_language(read_json(language_file), str(language_file))
+        written = read_json(language_file)
+        if written.get("model_type") != "gemma":
+            raise InputError(
+                "Not a Gemma folder",
+                f"{language_file}: model_type = {written.get('model_type')!r}, not 'gemma'",
+                "other models compute otherwise with weights of the same names",
+            )
+        language = _pick_language(written, str(language_file))
         vision = _read_vision(vision_dir)
         image_mean, image_std = _read_normalisation(vision_dir)
         high_resolution = _read_convnext(high_dir, image_mean, image_std)

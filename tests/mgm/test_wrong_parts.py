@@ -68,6 +68,16 @@ def test_a_tokenizer_that_cannot_be_used_is_named(
     assert not (tmp_path / "out" / "mm_projector.bin").exists()
 
 
+@pytest.mark.parametrize("kind", ["gemma2", "llama", None])
+def test_a_language_model_of_another_kind_is_refused(
+    parts: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str | None
+) -> None:
+    path = parts["language_model"] / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text("utf-8")), "model_type": kind}))
+    assert train(parts, tmp_path / "out") == 2
+    assert f"{path}: model_type = {kind!r}" in capsys.readouterr().err
+
+
 def test_an_output_that_cannot_be_written_is_told_before_weights_are_loaded(
     parts: dict[str, Path],
     tmp_path: Path,
