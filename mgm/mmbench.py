@@ -134,12 +134,13 @@ def read_questions(path: Path) -> list[Question]:
     """Read a tab-separated question table in file order.
 
     Raises:
-        InputError: unreadable file, missing column, or a row with a bad index or picture.
+        InputError: unreadable file, missing column, a row with a bad index or picture, or rotations
+            alone.
     """
     # Pictures are single fields of any length.
     csv.field_size_limit(sys.maxsize)
     try:
-        with path.open(encoding="utf-8", newline="") as file:
+        with path.open(encoding="utf-8-sig", newline="") as file:
             reader = csv.reader(file, delimiter="\t")
             header = _check_header(next(reader, []), path)
             lines = [(reader.line_num, cells) for cells in reader if cells]
@@ -153,6 +154,12 @@ def read_questions(path: Path) -> list[Question]:
         raise InputError("No questions", f"{path} has a header only", "Give a table with rows.")
     rows = [(number, _as_row(header, cells, path, number)) for number, cells in lines]
     pictures = _resolve_pictures(rows, path)
+    if min(pictures) >= ROTATION_OFFSET:
+        raise InputError(
+            "Rotations alone",
+            f"{path}: every index is {ROTATION_OFFSET} or more",
+            "The score counts the questions themselves, whose indices are below: add their rows.",
+        )
     return [
         _parse_question(row, pictures[index], f"{path}, line {number}")
         for index, (number, row) in zip(pictures, rows, strict=True)
@@ -499,7 +506,7 @@ def _parse_question(row: dict[str, str | None], image: str, where: str) -> Quest
         image=image,
         row={**row, "image": ""},
     )
-    if question.answer not in LETTERS or not question.answer:
+    if question.answer not in tuple(LETTERS):
         raise InputError(
             "No answer",
             f"{where}, field answer: {question.answer!r} is not one of A, B, C, D",

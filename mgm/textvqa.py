@@ -466,6 +466,12 @@ def _parse_annotation(entry: dict[str, Any], path: Path, position: int) -> Annot
             f"{where}, field answers: {found} in place of {NUM_ANSWERS}",
             "Every question needs exactly ten answers.",
         )
+    if not all(isinstance(answer, str | int | float) for answer in answers):
+        raise InputError(
+            "Answers are no texts",
+            f"{where}, field answers: {answers[0]!r}",
+            "Give ten texts, as TextVQA does; VQA's own files hold an object for each answer.",
+        )
     return Annotation(
         image_id=_required_text(entry, "image_id", where),
         question=_required_text(entry, "question", where),

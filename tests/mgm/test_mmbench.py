@@ -197,6 +197,8 @@ def test_picture_given_as_the_index_of_another_row(tmp_path: Path) -> None:
         ([{"index": "1", "image": "?" * 80}], "line 2, field image is not base64"),
         ([{"index": "1", "answer": "E"}], "line 2, field answer"),
         ([{"index": "1", "answer": ""}], "line 2, field answer"),
+        ([{"index": "1", "answer": "AB"}], "line 2, field answer"),
+        ([{"index": "1000001"}, {"index": "2000001"}], "every index is 1000000 or more"),
     ],
 )
 def test_bad_rows_are_named(tmp_path: Path, rows: list[dict[str, str]], message: str) -> None:
@@ -205,6 +207,12 @@ def test_bad_rows_are_named(tmp_path: Path, rows: list[dict[str, str]], message:
         mmbench.read_questions(path)
     assert str(path) in caught.value.message
     assert message in caught.value.message
+
+
+def test_a_mark_of_the_byte_order_is_passed_over(tmp_path: Path) -> None:
+    path = write_table(tmp_path / "q.tsv", [{"index": "1"}])
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert [question.index for question in mmbench.read_questions(path)] == [1]
 
 
 def test_missing_columns_are_named(tmp_path: Path) -> None:

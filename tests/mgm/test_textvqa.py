@@ -118,6 +118,17 @@ def test_duplicate_question_keeps_the_last_annotation() -> None:
     assert index["abc", "what?"].answers == ("y",) * 10
 
 
+@pytest.mark.parametrize("answer", [{"answer": "x", "answer_confidence": "yes"}, None, ["x"]])
+def test_answers_that_are_no_texts_name_file_entry_and_field(
+    tmp_path: Path, answer: object
+) -> None:
+    path = tmp_path / "annotations.json"
+    entry = {"image_id": "a", "question": "What?", "answers": [answer] * 10}
+    path.write_text(json.dumps({"data": [entry]}))
+    with pytest.raises(InputError, match=r"data\[0\], field answers"):
+        textvqa.read_annotations(path)
+
+
 def test_nine_answers_name_file_entry_and_field(tmp_path: Path) -> None:
     path = tmp_path / "val.json"
     entry = {"image_id": "a", "question": "What?", "answers": ["x"] * 9}
