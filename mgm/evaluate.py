@@ -37,7 +37,7 @@ from mgm.pictures import DecodedPictures, default_workers
 from mgm.predictions import Predictions
 from mgm.program import run_program
 from mgm.progress import Progress
-from mgm.prompt import encode_prompt, generation_prompt
+from mgm.prompt import IMAGE_MARKER, encode_prompt, generation_prompt
 from mgm.request import Decoding, Request
 from mgm.settings import parse_settings
 from mgm.tokenizer_files import TOKENIZER_CONFIG, read_tokenizer, refuse_unknown_tokens
@@ -199,10 +199,22 @@ def open_benchmark(settings: EvaluateSettings) -> Benchmark:
     Raises:
         InputError: a bad file.
     """
+    benchmark: Benchmark
     if settings.benchmark == "mmbench":
-        return MMBench(settings.questions, settings.language)
-    assert settings.images is not None, "checked by the settings"
-    return TextVQA(settings.questions, settings.images, settings.annotations, settings.ocr_tokens)
+        benchmark = MMBench(settings.questions, settings.language)
+    else:
+        assert settings.images is not None, "checked by the settings"
+        benchmark = TextVQA(
+            settings.questions, settings.images, settings.annotations, settings.ocr_tokens
+        )
+    for number, item in enumerate(benchmark.items, start=1):
+        if IMAGE_MARKER in item.text:
+            raise InputError(
+                "Image marker in a question",
+                f"{settings.questions}, question {number}: {item.text!r}",
+                f"A question has one picture: write something else for {IMAGE_MARKER}.",
+            )
+    return benchmark
 
 
 def load_model(settings: EvaluateSettings) -> MGM:

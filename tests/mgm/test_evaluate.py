@@ -427,6 +427,8 @@ def broken(name: str, folder: Path, files: tuple[Path, Path]) -> tuple[Path, Pat
         document["data"][2]["image_id"] = "gone"
     if name == "climbing":
         document["data"][2]["image_id"] = "../images/p0"
+    if name == "marker":
+        document["data"][2]["question"] = "What does <image> mean?"
     path = folder / "val.json"
     path.write_text(json.dumps(document))
     return path, files[1]
@@ -438,6 +440,7 @@ def broken(name: str, folder: Path, files: tuple[Path, Path]) -> tuple[Path, Pat
         ("answers", "data[2], field answers: 9 answers"),
         ("picture", "question 3, field image"),
         ("climbing", "question 3, field image: '../images/p0.png'"),
+        ("marker", "question 3: 'What does <image> mean?"),
     ],
 )
 def test_bad_files_end_in_code_2_and_a_progress_error(
