@@ -51,7 +51,14 @@ _UNSUPPORTED = (
     "modules_to_save",
     "exclude_modules",
     "lora_bias",
+    "alora_invocation_tokens",
+    "use_bdlora",
+    "use_qalora",
+    "kasa_config",
+    "monteclora_config",
 )
+_INITIALISATIONS = (None, True, False, "gaussian", "eva", "orthogonal", "mica")
+"""Those of PEFT's that leave the base as it is; others take a part of it into the adapters."""
 
 
 def attach_lora(model: MGM, rank: int, alpha: float, dropout: float = 0.0) -> None:
@@ -93,7 +100,8 @@ def merge_lora(model: MGM) -> None:
     not rounded before it is added.
 
     Raises:
-        ValueError: If none are attached, or a merged weight is not finite.
+        ValueError: If none are attached.
+        InputError: If a merged weight is not finite.
     """
     layers = [
         (name, module) for name, module in model.named_modules() if isinstance(module, LoraLayer)
@@ -114,7 +122,12 @@ def _merged(name: str, layer: LoraLayer, weight: Tensor) -> Tensor:
     up = layer.lora_B["default"].weight.detach().float()  # (O, rank)
     merged: Tensor = (weight.float() + layer.scaling["default"] * (up @ down)).to(weight.dtype)
     if not merged.isfinite().all():
-        raise ValueError(f"{name}: the merged weight is not finite")
+        dtype = str(weight.dtype).removeprefix("torch.")
+        raise InputError(
+            "Merged weight is not finite",
+            f"{name} in {dtype}",
+            "the training of the adapters ran away, or the values need bfloat16 or float32",
+        )
     return merged
 
 
@@ -222,6 +235,8 @@ def _refuse_variants(path: Path, content: Mapping[str, Any]) -> None:
         used.append("bias")
     if content.get("peft_type", "LORA") != "LORA":
         used.append("peft_type")
+    if content.get("init_lora_weights") not in _INITIALISATIONS:
+        used.append("init_lora_weights")
     if used:
         raise InputError("Unsupported adapter", f"{path}: {', '.join(used)}", "use plain LoRA")
     targets = content.get("target_modules")

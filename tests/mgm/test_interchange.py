@@ -393,6 +393,10 @@ def test_a_lost_file_of_an_adapter_is_named(tmp_path: Path, lost: str) -> None:
         {"peft_type": "IA3"},
         {"target_modules": "all-linear"},
         {"r": 0},
+        {"init_lora_weights": "pissa"},
+        {"init_lora_weights": "pissa_niter_16"},
+        {"init_lora_weights": "olora"},
+        {"alora_invocation_tokens": [106]},
     ],
 )
 def test_adapters_of_another_kind_are_refused(tmp_path: Path, change: dict[str, Any]) -> None:
@@ -401,6 +405,11 @@ def test_adapters_of_another_kind_are_refused(tmp_path: Path, change: dict[str, 
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
     with pytest.raises(InputError, match=rf"adapter_config\.json.*{next(iter(change))}"):
         load_lora(tiny_model(), tmp_path)
+
+
+def test_adapters_that_ran_away_are_named_when_they_are_merged() -> None:
+    with pytest.raises(InputError, match=r"layers\.0\.self_attn\.q_proj in float32"):
+        merge_lora(_with_adapters(tiny_model(), float("inf")))
 
 
 def test_merging_rounds_once() -> None:
