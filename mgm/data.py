@@ -323,6 +323,11 @@ _PROBLEMS = {
         "Records without a conversation",
         "each record needs `conversations`: messages with text in `from` and `value`",
     ),
+    "half": (
+        "Text with half a character",
+        "a surrogate such as \\ud83d stands alone, as where a text was cut: mend it, or leave the "
+        "records out",
+    ),
     "image": (
         "Records whose image is no path",
         "`image` is one path as text; leave the key out where there is no picture",
@@ -345,6 +350,8 @@ def _problem(record: Mapping[str, Any], images: Path) -> str | None:
     messages: Any = record.get("conversations")
     if not _is_conversation(messages):
         return "malformed"
+    if not all(_is_whole(message["value"]) for message in messages):
+        return "half"
     if any(DATA_JUICER_MARKER in message["value"] for message in messages):
         return "marked"
     if "image" not in record:
@@ -370,6 +377,15 @@ def _is_conversation(messages: object) -> bool:
             for message in messages
         )
     )
+
+
+def _is_whole(text: str) -> bool:
+    """Tell whether a text can be written in UTF-8, which JSON does not ask for."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _encode_record(

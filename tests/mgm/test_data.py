@@ -125,6 +125,11 @@ def test_an_image_that_is_no_path_names_the_record(images: Path, image: object) 
     assert raised.value.title == "Records whose image is no path"
 
 
+def test_half_a_character_names_the_record(images: Path) -> None:
+    with pytest.raises(InputError, match="record r5.*surrogate"):
+        check_records(Path("d.json"), [record("r4"), record("r5", "so nice \ud83d")], images)
+
+
 def test_a_data_juicer_marker_is_refused(images: Path) -> None:
     with pytest.raises(InputError, match="r8"):
         check_records(Path("d.json"), [record("r8", "<__dj__image> a dog")], images)
