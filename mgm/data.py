@@ -237,8 +237,9 @@ class InstructionDataset:
             InputError: If it cannot be decoded, naming the records that use it.
         """
         name = self.pictures[position]
+        path = find_picture(self.images, name) or self.images / name
         try:
-            with Image.open(self.images / name) as image:
+            with Image.open(path) as image:
                 return square_pixels(image, size, aspect_ratio, mean)
         except _UNREADABLE as error:
             users = [
@@ -248,7 +249,7 @@ class InstructionDataset:
             ]
             raise InputError(
                 "Picture cannot be read",
-                f"{self.images / name}, used by record {_listed(users)}: {str(error) or 'out of memory'}",
+                f"{path}, used by record {_listed(users)}: {str(error) or 'out of memory'}",
                 "replace the picture, or leave the record out of the data",
             ) from error
 
@@ -269,6 +270,21 @@ class InstructionDataset:
             tuple(self.picture_of(index) for index in indices),
             tuple(self.record_id(index) for index in indices),
         )
+
+
+def find_picture(images: Path, name: str) -> Path | None:
+    """Return the file of a picture, None where there is none.
+
+    Records of the published instructions name some pictures otherwise than they are handed out: those
+    of OCR-VQA all as JPEG, those of Visual Genome by the folders of its two parts. The original
+    looks for them as this does, under the written name first.
+    """
+    names = [name]
+    if "ocr" in str(images / name):
+        names.append(name.replace(".jpg", ".png"))
+    if "VG_100K" in name:
+        names.append(name.replace("VG_100K_2", "images").replace("VG_100K", "images"))
+    return next((images / one for one in names if (images / one).is_file()), None)
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
@@ -363,7 +379,7 @@ def _problem(record: Mapping[str, Any], images: Path) -> str | None:
         return "marked"
     if len(marked) > 1:
         return "marked twice"
-    return None if (images / record["image"]).is_file() else "missing"
+    return "missing" if find_picture(images, record["image"]) is None else None
 
 
 def _is_conversation(messages: object) -> bool:

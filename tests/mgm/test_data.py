@@ -143,6 +143,24 @@ def test_missing_pictures_are_named_and_counted(images: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("name", "file"),
+    [
+        ("ocr_vqa/images/1.jpg", "ocr_vqa/images/1.png"),
+        ("vg/VG_100K_2/2.jpg", "vg/images/2.jpg"),
+        ("vg/VG_100K/3.jpg", "vg/images/3.jpg"),
+        ("vg/VG_100K/4.jpg", "vg/VG_100K/4.jpg"),
+    ],
+)
+def test_published_names_lead_to_the_files_that_are_handed_out(
+    images: Path, tokenizer: PreTrainedTokenizerBase, name: str, file: str
+) -> None:
+    (images / file).parent.mkdir(parents=True)
+    (images / "red.png").rename(images / file)
+    data = dataset(images, tokenizer, record("p", image=name))
+    assert data.load_pixels(0, 32, "pad", MEAN).shape == (3, 32, 32)
+
+
+@pytest.mark.parametrize(
     "broken",
     [
         {"id": "b"},
