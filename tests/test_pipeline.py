@@ -12,14 +12,14 @@ import pytest
 from pydantic import ValidationError
 
 from mgm.benchmarks import write_lines
-from mgm.train_settings import TrainSettings
+from mgm.train_settings import STAGE_DEFAULTS, TrainSettings
 from synth_agent import pipeline
 from synth_agent.digests import Digests
 from synth_agent.errors import InvalidInput
 from synth_agent.runs import Cost, Plan, Proposal
 from synth_agent.stage_plan import BUILDERS, Context, Stage
 from synth_agent.workspace import TrainSettings as StageSettings
-from synth_agent.workspace import Workspace
+from synth_agent.workspace import Workspace, load_settings
 
 
 @pytest.fixture
@@ -129,6 +129,17 @@ def test_missing_file_and_bad_batches_are_named(filled: Workspace) -> None:
 def test_a_workspace_refuses_what_the_training_would(name: str, value: float) -> None:
     with pytest.raises(ValidationError, match=name):
         StageSettings.model_validate({name: value})
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "finetune"])
+def test_a_stage_keeps_the_kits_values_beside_those_that_are_given(
+    tmp_path: Path, stage: str
+) -> None:
+    path = tmp_path / "synth.yaml"
+    path.write_text(f"{stage}: {{save_steps: 50}}\n")
+    section = getattr(load_settings(path), stage).model_dump()
+    assert {name: section[name] for name in STAGE_DEFAULTS[stage]} == STAGE_DEFAULTS[stage]
+    assert section["save_steps"] == 50
 
 
 def test_rejection_is_kept_with_its_reason(filled: Workspace) -> None:
