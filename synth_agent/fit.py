@@ -280,9 +280,14 @@ def _by_rate(
 
 
 def _measured_card(card: Card | None) -> str | None:
-    """Return the measured card that a card is; a name given by hand may be a part of its name."""
-    name = card.name.casefold() if card is not None else ""
-    return next((full for full in MEASURED_RATES if name and name in full.casefold()), None)
+    """Return the measured card that a card is; a name given by hand may be a part of its name.
+
+    The part has to say which card it is: its maker alone, or a letter, does not.
+    """
+    words = set(card.name.casefold().split()) if card is not None else set()
+    if not any(any(letter.isdigit() for letter in word) for word in words):
+        return None
+    return next((full for full in MEASURED_RATES if words <= set(full.casefold().split())), None)
 
 
 def _instructions(

@@ -220,6 +220,8 @@ def test_what_would_help_can_be_set_and_leaves_other_plans_as_they_were(
     [
         ("24GiB", {}, SEED_SAMPLES),
         ("PCIe H100 80GiB", {}, SEED_SAMPLES),
+        ("NVIDIA 80GiB", {}, SEED_SAMPLES),
+        ("a 24GiB", {}, SEED_SAMPLES),
         ("H100 80GiB", {"drop_path": True}, SEED_SAMPLES),
         ("H100 80GiB", {"numerics": "reference"}, SEED_SAMPLES),
         ("H100 80GiB", {"dtype": "float32"}, SEED_SAMPLES),
