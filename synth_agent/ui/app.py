@@ -203,7 +203,7 @@ class SynthAgentApp(App[int]):
         self._refresh_notebook()
 
     async def _leave_gate(self) -> None:
-        if isinstance(self.screen, ProposalScreen):
+        if isinstance(self.screen, ProposalScreen) and self.screen.is_over:
             await self.pop_screen()
 
     @on(PlannerAsked)

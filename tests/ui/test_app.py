@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -393,6 +394,83 @@ async def test_an_error_becomes_a_card_and_the_app_lives(
         await pilot.press("escape")
         await settle(pilot)
         assert not isinstance(pilot.app.screen, ErrorScreen)
+
+
+@contextmanager
+def slow(backend: FolderBackend, name: str) -> Iterator[threading.Event]:
+    """Have a call of the backend wait until the event that is given is set."""
+    go, call = threading.Event(), getattr(backend, name)
+
+    def waiting(*arguments: object) -> object:
+        assert go.wait(60)
+        return call(*arguments)
+
+    setattr(backend, name, waiting)
+    try:
+        yield go
+    finally:
+        go.set()
+
+
+async def test_a_failure_to_approve_is_told_to_who_wanted_to_leave(
+    backend: FolderBackend, open_app: Open
+) -> None:
+    def refuse(plan: Plan) -> None:
+        raise Busy("Another run is live", "0009-x holds the lock", "wait for it")
+
+    backend.launch = refuse  # type: ignore[method-assign]
+    with slow(backend, "approve") as go:
+        async with open_app(backend) as pilot:
+            await settle(pilot)
+            await pilot.press("p")
+            await settle(pilot)
+            await pilot.press("a", "escape", "r")
+            await pilot.pause()
+            assert isinstance(pilot.app.screen, ProposalScreen)
+            (told,) = pilot.app._notifications  # noqa: SLF001
+            assert "Wait for it." in told.message
+            go.set()
+            await settle(pilot)
+            assert "0009-x holds the lock" in seen(pilot)
+            await pilot.press("escape", "escape")
+            await settle(pilot)
+            assert isinstance(pilot.app.screen, HomeScreen)
+
+
+async def test_a_gate_that_was_decided_while_another_place_was_shown_is_closed(
+    backend: FolderBackend, open_app: Open
+) -> None:
+    with slow(backend, "approve") as go:
+        async with open_app(backend) as pilot:
+            await settle(pilot)
+            await pilot.press("p")
+            await settle(pilot)
+            await pilot.press("a", "4")
+            await pilot.pause()
+            assert pilot.app.current_mode == "history"
+            go.set()
+            await settle(pilot)
+            assert pilot.app.current_mode == "run"
+            await pilot.press("1")
+            await settle(pilot)
+            assert isinstance(pilot.app.screen, HomeScreen)
+            assert len(backend.launched) == 1
+
+
+async def test_a_dialog_does_not_follow_to_another_place(
+    backend: FolderBackend, open_app: Open
+) -> None:
+    with slow(backend, "recipes") as go:
+        async with open_app(backend) as pilot:
+            await settle(pilot)
+            await pilot.press("p")
+            await settle(pilot)
+            await pilot.press("o", "4")
+            await pilot.pause()
+            go.set()
+            await settle(pilot)
+            assert len(pilot.app.screen_stack) == 1
+            assert pilot.app.current_mode == "history"
 
 
 async def test_a_defect_is_logged_and_shown(backend: FolderBackend, open_app: Open) -> None:

@@ -17,7 +17,7 @@ from textual.containers import Horizontal, Vertical, VerticalScroll
 from textual.content import Content
 from textual.timer import Timer
 from textual.widgets import Button, TextArea
-from textual.worker import get_current_worker
+from textual.worker import Worker, WorkerState, get_current_worker
 
 from synth_agent.errors import SynthAgentError
 from synth_agent.runs import Cost, Limits, Proposal
@@ -49,6 +49,7 @@ if TYPE_CHECKING:
 
 _CHECK_DELAY_SECONDS = 0.25
 _SHOWN_DIGITS = 16
+_DECISIONS = ("approve", "edit", "reject", "limit", "alternatives", "other")
 QUIET_SECONDS = 1.0
 """Pause in typing after which a key on a screen that opened by itself is meant for it."""
 
@@ -76,6 +77,8 @@ class ProposalScreen(NotebookScreen):
         """Digest of what is drawn; None while nothing, or something unchecked, is."""
         self._checking: Timer | None = None
         self._is_deciding = False
+        self.is_over = False
+        """Whether the decision was carried out: there is nothing left to do here."""
 
     def compose_body(self) -> ComposeResult:
         with Horizontal(id="gate"):
@@ -107,6 +110,14 @@ class ProposalScreen(NotebookScreen):
         self.query_one("#recipe-editor").border_title = "Recipe, as it would run"
         self.query_one("#gate-facts").focus()
         self._prepare(self._proposal)
+
+    def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
+        """Show the keys of the gate as idle while a decision is carried out."""
+        return None if self._is_deciding and action in _DECISIONS else True
+
+    def _set_deciding(self, is_deciding: bool) -> None:
+        self._is_deciding = is_deciding
+        self.refresh_bindings()
 
     @work(thread=True, exclusive=True, exit_on_error=False, group="proposal")
     def _prepare(self, proposal: Proposal) -> None:
@@ -184,6 +195,10 @@ class ProposalScreen(NotebookScreen):
         self.query_one(TextArea).focus()
 
     async def action_leave(self) -> None:
+        if self._is_deciding:
+            # Who has left would not be told if it fails.
+            self.notify("The decision is being carried out. Wait for it.", markup=False)
+            return
         if self.has_class("-editing"):
             self.remove_class("-editing")
             self.query_one("#gate-facts").focus()
@@ -237,7 +252,7 @@ class ProposalScreen(NotebookScreen):
         if self._shown_sha256 is None:
             self.notify("Only what was checked and can run can be approved.", severity="warning")
             return
-        self._is_deciding = True
+        self._set_deciding(True)
         self._say(Content.styled("… approving and starting the run", "$foreground-muted"))
         self._approve(self._proposal, self._shown_sha256)
 
@@ -252,13 +267,23 @@ class ProposalScreen(NotebookScreen):
         self.backend.launch(plan)
         self.post_message(RunLaunched(plan.run_id))
 
+    @on(RunLaunched)
+    @on(ProposalRejected)
+    def _end(self) -> None:
+        self.is_over = True
+
+    def on_screen_resume(self) -> None:
+        """Close a gate that was decided while another place was shown."""
+        if self.is_over:
+            self.dismiss()
+
     def action_reject(self) -> None:
         title = clean(self._proposal.title)
         self.app.push_screen(ReasonScreen(title), self._reject_for)
 
     def _reject_for(self, reason: str | None) -> None:
         if reason is not None and not self._is_deciding:
-            self._is_deciding = True
+            self._set_deciding(True)
             self._reject(self._proposal, reason)
 
     @work(thread=True, exit_on_error=False, group="decision")
@@ -295,6 +320,8 @@ class ProposalScreen(NotebookScreen):
 
     @on(AlternativesFound)
     def _compare_alternatives(self, message: AlternativesFound) -> None:
+        if self._is_deciding:
+            return
         self._prepare(self._proposal)
         if len(message.proposals) < 2:
             self.notify("There is nothing else to try.", markup=False)
@@ -317,7 +344,9 @@ class ProposalScreen(NotebookScreen):
 
     @on(RecipesListed)
     def _offer(self, message: RecipesListed) -> None:
-        self.app.push_screen(ChooseRecipeScreen(message.recipes), self._take)
+        # Whoever has gone elsewhere meanwhile does not want a dialog over that.
+        if self.is_current and not self._is_deciding:
+            self.app.push_screen(ChooseRecipeScreen(message.recipes), self._take)
 
     def _take(self, name: str | None) -> None:
         if name is not None:
@@ -328,9 +357,12 @@ class ProposalScreen(NotebookScreen):
     def _prepare_recipe(self, name: str) -> None:
         self._report(self.backend.proposal_of(name))
 
+    def on_worker_state_changed(self, event: Worker.StateChanged) -> None:
+        if event.state == WorkerState.ERROR and event.worker.group == "decision":
+            self._set_deciding(False)
+
     @on(Failed)
     def _recover(self) -> None:
-        self._is_deciding = False
         if self._shown_sha256 is not None:
             self._say(Content.styled("✗ not decided: see the error", "$error"))
 
