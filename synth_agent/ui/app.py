@@ -6,6 +6,8 @@ them. It may be closed at any time; a run belongs to its worker, not to the app.
 
 from __future__ import annotations
 
+import asyncio
+import signal
 import traceback
 from collections.abc import Iterable
 from functools import partial
@@ -49,6 +51,8 @@ if TYPE_CHECKING:
     from synth_agent.workspace import Workspace
 
 _REFRESH_SECONDS = 1.5
+_TERMINATED = 128 + signal.SIGTERM
+"""Exit code of a program that was asked to end, as shells give it."""
 
 THEME = Theme(
     name="notebook",
@@ -114,6 +118,10 @@ class SynthAgentApp(App[int]):
             self.add_mode(name, partial(_itself, screen))
 
     def on_mount(self) -> None:
+        # A process that is ended where it stands leaves its terminal on another screen, with the
+        # mouse reported and without a cursor.
+        loop = asyncio.get_running_loop()
+        loop.add_signal_handler(signal.SIGTERM, self.exit, _TERMINATED, _TERMINATED)
         self.register_theme(THEME)
         self.theme = THEME.name
         self.switch_mode("home")
