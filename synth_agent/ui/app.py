@@ -200,7 +200,7 @@ class SynthAgentApp(App[int]):
     @on(RunLaunched)
     async def _show_launched(self, message: RunLaunched) -> None:
         await self._leave_gate()
-        self.run_screen.open(message.run_id)
+        self.run_screen.open(message.run_id, is_followed=True)
         await self.action_go("run")
         self._refresh_notebook()
 
@@ -227,7 +227,8 @@ class SynthAgentApp(App[int]):
 
     @on(RunRequested)
     async def _show_run(self, message: RunRequested) -> None:
-        self.run_screen.open(message.run_id)
+        is_live = self.notebook is not None and self.notebook.live == message.run_id
+        self.run_screen.open(message.run_id, is_followed=is_live)
         await self.action_go("run")
 
     @on(ResultsRequested)

@@ -242,6 +242,57 @@ async def test_a_live_run_is_found_and_followed(
             assert "75 % 30/40" in seen(pilot)
 
 
+async def test_a_run_that_goes_live_takes_the_place_of_one_that_nobody_chose(
+    workspace: Workspace, backend: FolderBackend, open_app: Open
+) -> None:
+    async with open_app(backend) as pilot:
+        await settle(pilot)
+        await pilot.press("2")
+        await settle(pilot)
+        assert "Try the recipe similarity ✓ done" in seen(pilot)
+        run = live_run(workspace)
+        with held(backend, run.id):
+            await until(pilot, f"{run.id} Try the recipe words ▶ running")
+
+
+async def test_a_run_that_was_chosen_stays_when_another_goes_live(
+    workspace: Workspace, backend: FolderBackend, open_app: Open
+) -> None:
+    async with open_app(backend) as pilot:
+        await settle(pilot)
+        await pilot.press("3")
+        await settle(pilot)
+        await pilot.press("v")
+        await settle(pilot)
+        run = live_run(workspace)
+        with held(backend, run.id):
+            await until(pilot, f"{run.id} running")
+            await settle(pilot)
+            assert "Try the recipe similarity ✓ done" in seen(pilot)
+
+
+async def test_a_live_run_is_followed_on_after_a_failure_to_read_it(
+    workspace: Workspace, backend: FolderBackend, open_app: Open
+) -> None:
+    run = live_run(workspace)
+    known = backend.live_run
+
+    def unreadable() -> str | None:
+        backend.live_run = known  # type: ignore[method-assign]
+        raise OSError("stale file handle")
+
+    with held(backend, run.id):
+        async with open_app(backend) as pilot:
+            await settle(pilot)
+            await pilot.press("w")
+            await settle(pilot)
+            backend.live_run = unreadable  # type: ignore[method-assign]
+            await until(pilot, "stale file handle")
+            await pilot.press("escape")
+            run.losses("pretrain", 30, 40)
+            await until(pilot, "75 % 30/40")
+
+
 async def test_a_run_without_its_worker_is_interrupted_and_r_resumes_it(
     workspace: Workspace, backend: FolderBackend, open_app: Open
 ) -> None:

@@ -17,6 +17,7 @@ from synth_agent.ui.messages import (
     CancelRequested,
     EarlyJudged,
     EventsArrived,
+    Failed,
     LogRead,
     ResultsRequested,
     RunLaunched,
@@ -51,6 +52,8 @@ class RunScreen(NotebookScreen):
         super().__init__(backend)
         self._run: Run | None = None
         self._wanted: str | None = None
+        self._is_followed = True
+        """Whether another run that goes live takes the place of this one."""
         self._tail: EventTail | None = None
         self._is_live = False
         self._is_polling = False
@@ -87,16 +90,23 @@ class RunScreen(NotebookScreen):
             self._open(self._wanted)
         self.set_interval(_POLL_SECONDS, self._poll)
 
-    def open(self, run_id: str) -> None:
-        """Show a run from its beginning."""
+    def open(self, run_id: str, *, is_followed: bool = False) -> None:
+        """Show a run from its beginning.
+
+        Args:
+            run_id: The run.
+            is_followed: Give its place to another run that goes live later, instead of keeping it.
+        """
         self._wanted, self._stage, self._tail = run_id, None, None
+        self._is_followed = is_followed
         if self.is_ready:
             self._open(run_id)
 
     def show_notebook(self, notebook: Notebook) -> None:
         known = notebook.live or (notebook.runs[-1].id if notebook.runs else None)
-        if self._wanted is None and known is not None:
-            self.open(known)
+        is_new = self._wanted is None or (self._is_followed and notebook.live is not None)
+        if is_new and known is not None and known != self._wanted:
+            self.open(known, is_followed=True)
         elif self._run is not None and not self._is_live:
             self._adopt(notebook.run(self._run.id))
         if self._run is not None:
@@ -105,7 +115,7 @@ class RunScreen(NotebookScreen):
     def _adopt(self, run: Run | None) -> None:
         """Take over what another process made of a run that is not polled."""
         if run is not None and (self._run is None or run.status != self._run.status):
-            self.open(run.id)
+            self.open(run.id, is_followed=self._is_followed)
 
     @work(thread=True, exclusive=True, exit_on_error=False, group="open")
     def _open(self, run_id: str) -> None:
@@ -198,6 +208,10 @@ class RunScreen(NotebookScreen):
             self._settle()
         if not self._is_live:
             self._read_shown_log()
+
+    @on(Failed)
+    def _poll_again(self) -> None:
+        self._is_polling = False
 
     def _read_shown_log(self) -> None:
         if self._run is not None:
