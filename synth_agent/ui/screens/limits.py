@@ -14,6 +14,9 @@ from textual.widgets import Button, Checkbox, Input, Static
 
 from synth_agent.runs import Limits, Proposal
 
+_DIGITS = 20
+"""Digits that no number of samples has; Python reads no number of more than 4,300."""
+
 
 class Mark(Checkbox):
     """A checkbox that is empty when it is off, so that its colour does not stand alone."""
@@ -87,9 +90,10 @@ def samples_limit(text: str) -> int | None:
     plain = text.strip().replace(",", "").replace("_", "")
     if not plain:
         return None
-    if not (plain.isascii() and plain.isdigit()) or int(plain) < 1:
+    number = int(plain) if plain.isascii() and plain.isdigit() and len(plain) < _DIGITS else 0
+    if number < 1:
         raise ValueError("Samples: a whole number from 1, or nothing for all.")
-    return int(plain)
+    return number
 
 
 def hours_limit(text: str) -> float | None:
