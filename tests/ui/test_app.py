@@ -61,6 +61,18 @@ async def test_an_empty_notebook_says_what_to_do_first(
             assert words in seen(pilot)
 
 
+async def test_home_is_scrolled_by_keys_when_there_is_nothing_to_do(
+    backend: FolderBackend, open_app: Open
+) -> None:
+    backend.next_proposal = lambda: None  # type: ignore[method-assign]
+    async with open_app(backend, (80, 24)) as pilot:
+        await settle(pilot)
+        assert "Every recipe was tried or rejected." in seen(pilot)
+        assert "Last events" not in seen(pilot)
+        await pilot.press("end")
+        await until(pilot, "Last events")
+
+
 async def test_home_shows_the_best_against_the_baseline(
     backend: FolderBackend, open_app: Open
 ) -> None:

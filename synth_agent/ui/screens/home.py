@@ -140,8 +140,13 @@ class HomeScreen(NotebookScreen):
         button.label = Content(f" {label} ")
         button.disabled = not label
         button.display = bool(label)
-        if label and self.focused is None:
-            button.focus()
+        # Without a button the keys that scroll go to the screen itself.
+        home = self.query_one("#home")
+        home.can_focus = not label
+        if label and self.focused in (None, home):
+            button.focus(scroll_visible=False)
+        elif not label and self.focused is None:
+            home.focus(scroll_visible=False)
 
     def _next_step(self, notebook: Notebook) -> tuple[Content, str]:
         """Return what to do next in words, and the button's label; no label, no action."""
