@@ -22,7 +22,7 @@ from synth_agent.ui.widgets.navigation import Place
 from synth_agent.workspace import Workspace
 from tests.ui.conftest import Open, seen, settle
 from tests.ui.folder_backend import FolderBackend
-from tests.ui.notebook import Writer, proposal_for
+from tests.ui.notebook import Writer, finished_run, proposal_for
 
 PLACES = ("1", "2", "3", "4")
 
@@ -59,6 +59,21 @@ async def test_an_empty_notebook_says_what_to_do_first(
             await pilot.press(key)
             await settle(pilot)
             assert words in seen(pilot)
+
+
+async def test_keys_that_would_do_nothing_are_not_offered(
+    empty: FolderBackend, open_app: Open
+) -> None:
+    async with open_app(empty) as pilot:
+        await settle(pilot)
+        for place, idle in (("2", "Other stage"), ("3", "Filter"), ("4", "Mark")):
+            await pilot.press(place)
+            await settle(pilot)
+            assert idle not in seen(pilot)
+        finished_run(empty._workspace, 1, "baseline", None, (20, 14), "baseline")  # noqa: SLF001
+        for place, key in (("2", "Other stage"), ("3", "Filter"), ("4", "Mark")):
+            await pilot.press(place)
+            await until(pilot, key)
 
 
 async def test_home_is_scrolled_by_keys_when_there_is_nothing_to_do(

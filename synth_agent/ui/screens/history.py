@@ -53,7 +53,13 @@ class HistoryScreen(NotebookScreen):
         if self.is_ready and self.notebook is not None:
             self.show_notebook(self.notebook)
 
+    def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
+        """Show the keys of the table only while a run is in it."""
+        has_runs = self.notebook is not None and bool(self.notebook.runs)
+        return has_runs or action not in ("mark", "compare")
+
     def show_notebook(self, notebook: Notebook) -> None:
+        self.refresh_bindings()
         rows = {run.id: self._run_cells(run) for run in reversed(notebook.runs)}
         rows |= {one.id: self._rejection_cells(one) for one in reversed(notebook.rejections)}
         self._fill(rows, is_wide=self.size.width >= _WIDE)

@@ -96,6 +96,10 @@ class ResultsScreen(NotebookScreen):
         self.query_one("#results" if narrow else "#questions").focus()
         self._show_nothing()
 
+    def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
+        """Show the keys of a result only while there is one."""
+        return action == "leave" or self._run is not None
+
     def open(self, run_id: str) -> None:
         """Show a run's results."""
         self._wanted = run_id
@@ -111,6 +115,7 @@ class ResultsScreen(NotebookScreen):
         is_other = self._run is None or self._run.id != run.id
         grew = self._run is not None and set(self._run.scores) != set(run.scores)
         self._run = run
+        self.refresh_bindings()
         parent = notebook.run(run.plan.proposal.parent)
         self._draw_scores(run, parent)
         if is_other or grew:
@@ -124,6 +129,8 @@ class ResultsScreen(NotebookScreen):
         )
         self.query_one("#results-head", Drawing).show(lambda width, height: words)
         self.query_one("#results-columns").display = False
+        self._run = None
+        self.refresh_bindings()
 
     def _draw_scores(self, run: Run, parent: Run | None) -> None:
         self.query_one("#results-columns").display = True

@@ -313,6 +313,8 @@ class RunScreen(NotebookScreen):
 
     def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
         """Show only the keys that do something in the run's present state."""
+        if action == "stage":
+            return self._run is not None
         if action == "cancel":
             return self._is_live
         if action == "resume":
