@@ -10,7 +10,7 @@ from __future__ import annotations
 import base64
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import lru_cache
 from typing import Any
 from urllib.parse import parse_qsl, quote, quote_plus, unquote, urlsplit
@@ -36,7 +36,19 @@ _AUTHORIZATION = re.compile(
 _BEARER = re.compile(r"(?i)\b(bearer\s+)[\w\-.~+/=*]{8,}")
 _USERINFO = re.compile(r"(?i)\b([a-z][a-z0-9+.-]{1,20}://)[^\s/@\"'<>]{1,500}@")
 _QUERY = re.compile(r"(?i)([?&](?:api[-_]?key|key|token|access_token|secret|sig)=)[^\s&#\"'<>]+")
-_UNFINISHED = re.compile(r"(?<![A-Za-z0-9])(?:(?:s|p|r)(?:k(?:-[\w\-*.]*)?)?|hf_?[\w-]*)\Z")
+_UNFINISHED = re.compile(
+    r"""
+    (?<![A-Za-z0-9])(?:
+        [spr](?:k(?:-[\w\-*.]*)?)?
+        | h(?:f(?:_[\w\-]*)?)?
+        | g(?:h(?:[pousr](?:_[\w\-]*)?)?|l(?:p(?:a(?:t(?:-[\w\-]*)?)?)?)?)?
+        | x(?:o(?:x(?:[abpr](?:-[\w\-]*)?)?)?)?
+        | A(?:K(?:I(?:A[0-9A-Z]*)?)?)?
+        | e(?:y(?:J[\w.\-]*)?)?
+    )\Z
+    """,
+    re.VERBOSE,
+)
 
 
 def redact(text: str, secrets: Iterable[str] = ()) -> str:
@@ -119,15 +131,25 @@ class StreamRedactor:
 
     def feed(self, piece: str) -> str:
         """Return what can be shown after one more piece."""
-        text = redact(self._held + piece, self._secrets)
+        # Looked at as it came: half of a key looks like a key, and its rest like nothing.
+        text = self._held + piece
         safe = len(text) - self._unfinished(text)
+        for start, end in sorted(self._found(text), reverse=True):
+            if start < safe < end or end == len(text):
+                safe = min(safe, start)
         self._held = text[safe:]
-        return text[:safe]
+        return redact(text[:safe], self._secrets)
 
     def close(self) -> str:
         """Return what was held back, redacted."""
         held, self._held = self._held, ""
         return redact(held, self._secrets)
+
+    def _found(self, text: str) -> Iterator[tuple[int, int]]:
+        """Yield where secrets are, those that may still grow included."""
+        patterns = [_LOOKS_SECRET, *([_any_of(self._spellings)] if self._spellings else [])]
+        for pattern in patterns:
+            yield from (found.span() for found in pattern.finditer(text))
 
     def _unfinished(self, text: str) -> int:
         """Length of the end that may grow into a secret."""

@@ -373,6 +373,30 @@ def test_streams_are_redacted_across_pieces(size: int) -> None:
     assert shown.startswith(f"Ask: {REMOVED}. Skip {REMOVED}") and shown.endswith("canary-birds, s")
 
 
+@pytest.mark.parametrize("size", [1, 2, 5, 16])
+@pytest.mark.parametrize(
+    ("secret", "is_known"),
+    [
+        ("sk-canary-9876543210fedcba", True),
+        ("hf_abcdefghijklmnopqrstuvwxyz", True),
+        ("abcabcabcabc", True),
+        ("ghp_abcdefghijklmnop0123", False),
+        ("glpat-abcdefghijklmnop", False),
+        ("xoxb-abcdefghijklmnop", False),
+        ("AKIAABCDEFGHIJKLMNOP", False),
+        ("eyJhbGciOiJI.eyJzdWIiOiIx.c2lnbmF0dXJl", False),
+    ],
+)
+def test_no_part_of_a_key_is_shown_however_it_is_split(
+    secret: str, is_known: bool, size: int
+) -> None:
+    for text in (f"key={secret}. And {secret}", f"{secret} {secret}\n", secret):
+        redactor = StreamRedactor((secret,) if is_known else ())
+        pieces = [redactor.feed(text[at : at + size]) for at in range(0, len(text), size)]
+        shown = "".join([*pieces, redactor.close()])
+        assert shown == text.replace(secret, REMOVED)
+
+
 def test_text_is_held_back_only_while_it_may_be_a_secret() -> None:
     redactor = StreamRedactor((CANARY,))
     assert redactor.feed("see the can") == "see the "
