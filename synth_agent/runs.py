@@ -283,10 +283,24 @@ class EventLog:
     def append(self, kind: str, **fields: Any) -> Event:
         """Write one event; all but progress reach the disk before this returns."""
         event = Event(now(), kind, fields)
-        os.write(self._descriptor, event.line().encode())
+        self._write(event.line().encode())
         if kind != "progress":
             os.fsync(self._descriptor)
         return event
+
+    def _write(self, line: bytes) -> None:
+        """Write a whole line or, when the disk is full, nothing of it.
+
+        The next event would follow on a half-written line, and both would be lost.
+        """
+        start = os.fstat(self._descriptor).st_size
+        written = 0
+        try:
+            while written < len(line):
+                written += os.write(self._descriptor, line[written:])
+        except OSError:
+            os.ftruncate(self._descriptor, start)
+            raise
 
     def close(self) -> None:
         """Close the log."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 from pathlib import Path
 
 import pytest
@@ -67,3 +68,20 @@ def test_losses_of_repeated_steps_replace_the_earlier(tmp_path: Path, plan: Plan
     events = [log.append("progress", stage="pretrain", step=s, loss=x) for s, x in steps]
     log.close()
     assert fold(plan, events).stages["pretrain"].losses == [(1, 3.0), (2, 2.5)]
+
+
+def test_a_full_disk_takes_no_other_event_along(tmp_path: Path) -> None:
+    path = tmp_path / "events.jsonl"
+    log = EventLog(path)
+    log.append("note", text="first")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 10, hard))
+    try:
+        with pytest.raises(OSError, match="too large"):
+            log.append("note", text="lost")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    log.append("note", text="second")
+    log.close()
+    events = parse_events(path.read_text().splitlines())
+    assert [event.fields["text"] for event in events] == ["first", "second"]
