@@ -301,7 +301,12 @@ def _is_markdown(text: str) -> bool:
 
 def _records(text: str, where: str) -> list[dict[str, str]]:
     """Return the rows of a table as mappings from column to cell."""
-    rows = _markdown_rows(text) if _is_markdown(text) else list(csv.reader(io.StringIO(text)))
+    try:
+        rows = _markdown_rows(text) if _is_markdown(text) else list(csv.reader(io.StringIO(text)))
+    except csv.Error as error:
+        raise InvalidInput(
+            "Not a table of results", f"{where}: {error}", "give short cells, and close each quote"
+        ) from error
     rows = [[" ".join(cell.split()) for cell in row] for row in rows]
     rows = [row for row in rows if any(row)]
     if not 2 <= len(rows) <= _LARGEST_TABLE:
@@ -315,6 +320,11 @@ def _records(text: str, where: str) -> list[dict[str, str]]:
         if not cell.isprintable():
             raise InvalidInput(
                 "Unprintable characters", f"{where}: cell {cell!r}", "remove control characters"
+            )
+    for column in header:
+        if column and header.count(column) > 1:
+            raise InvalidInput(
+                "Columns share a name", f"{where}: {column!r}", "give each column its own"
             )
     for number, row in enumerate(rows[1:], 1):
         if len(row) != len(header):
@@ -404,6 +414,8 @@ def _number(cell: str, where: str) -> float:
         value = math.nan
     if not math.isfinite(value):
         raise InvalidInput("Not a number", f"{where}: {cell!r}", "correct the cell or empty it")
+    if value < 0:
+        raise InvalidInput("Below zero", f"{where}: {cell!r}", "give a score or a count, no change")
     return value
 
 
