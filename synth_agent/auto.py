@@ -207,7 +207,7 @@ class Auto:
             if cap is not None and pipeline.is_cap_reached(cap, spent):
                 return self._stop("budget", f"{run.id} was {run.message}")
             return self._stop("cancelled", f"{run.id} was cancelled by a person")
-        if run.status == "interrupted":
+        if run.status in ("interrupted", "approved"):
             return self._stop("cancelled", f"the worker of {run.id} was killed")
         if run.status == "failed":
             failure = failure_of(run)

@@ -57,13 +57,21 @@ def follow(workspace: Workspace, run_id: str, *, since: str = "") -> Run:
                 continue
             last_line[key] = time.monotonic()
         narrate(line)
-    return pipeline.load_run(workspace, run_id)
+    run = pipeline.load_run(workspace, run_id)
+    if run.status == "approved":
+        log = workspace.logs(run_id) / "worker.log"
+        why = f" ({log})" if log.is_file() else ""
+        narrate(f"{run_id} was not started{why}: start it with: synth-agent resume {run_id}")
+    return run
 
 
 def _events_until_end(workspace: Workspace, run_id: str) -> Iterator[Event]:
     tail = EventTail(workspace.run(run_id).events)
     while True:
-        ended = pipeline.load_run(workspace, run_id).status in _ENDED
+        is_live = pipeline.live_run(workspace) == run_id
+        status = pipeline.load_run(workspace, run_id).status
+        # Nobody started it, or its worker ended before it could write an event.
+        ended = status in _ENDED or (status == "approved" and not is_live)
         yield from tail.read()
         if ended:
             return

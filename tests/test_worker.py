@@ -205,6 +205,16 @@ def test_parent_without_scores_gives_no_verdict(
     assert "no score of the same benchmark" in capsys.readouterr().err
 
 
+def test_a_run_that_nobody_started_is_not_waited_for(
+    git_workspace: Workspace, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan = approve(git_workspace)
+    assert main(["-w", str(git_workspace.root), "watch", plan.run_id]) == 1
+    assert f"was not started: start it with: synth-agent resume {plan.run_id}" in (
+        capsys.readouterr().err
+    )
+
+
 def test_full_disk_is_named(git_workspace: Workspace) -> None:
     mode(git_workspace, "process", "full")
     plan = approve(git_workspace)
