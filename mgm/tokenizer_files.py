@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Protocol
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, GemmaConfig, PreTrainedTokenizerBase
 
 from mgm.errors import InputError
 from mgm.files import read_json, write_atomically, write_json
@@ -58,8 +58,10 @@ def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     if files[0].suffix == ".json":
         read_json(files[0])  # the library's own error for a damaged file names nothing
     try:
+        # By Gemma's configuration in every folder: a full model's own has a kind that the library does
+        # not know, of which it warns, and would choose the class by.
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            str(folder), local_files_only=True
+            str(folder), local_files_only=True, config=GemmaConfig()
         )
     except (OSError, ValueError, ImportError) as error:
         reason = str(error).strip().partition("\n")[0]

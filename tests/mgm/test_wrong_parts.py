@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file, save_file
 
+from mgm.tokenizer_files import read_tokenizer
 from mgm.train import main
 from tests.mgm.tiny_training import arguments, write_parts
 
@@ -89,3 +91,17 @@ def test_an_output_that_cannot_be_written_is_told_before_weights_are_loaded(
     monkeypatch.setattr("mgm.train.prepare_model", lambda settings: pytest.fail("loaded"))
     assert train(parts, file) == 2
     assert f"{file}: File exists" in capsys.readouterr().err
+
+
+def test_a_full_models_tokenizer_is_read_without_a_warning(
+    parts: dict[str, Path], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = parts["language_model"]
+    config = json.loads((folder / "config.json").read_text("utf-8"))
+    plain = read_tokenizer(folder)
+    (folder / "config.json").write_text(json.dumps({**config, "model_type": "mgm_gemma"}), "utf-8")
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    again = read_tokenizer(folder)
+    assert caplog.text == ""
+    assert type(again) is type(plain)
+    assert again("a<eos>b").input_ids == plain("a<eos>b").input_ids
