@@ -16,9 +16,10 @@ from pathlib import Path, PurePosixPath
 from types import ModuleType
 from typing import Any, Protocol
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from mgm import mmbench, textvqa
+from mgm.data import UNREADABLE
 from mgm.errors import InputError
 from mgm.files import write_atomically
 
@@ -315,9 +316,10 @@ def _open_picture(read: Callable[[], bytes], where: str) -> Image.Image:
     try:
         picture = Image.open(io.BytesIO(read()))
         picture.load()
-    except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+    except UNREADABLE as error:
+        reason = str(error) or "out of memory"
         raise InputError(
-            "Unreadable picture", f"{where}: {error}", "Fetch the picture again."
+            "Unreadable picture", f"{where}: {reason}", "Fetch the picture again."
         ) from error
     return picture
 

@@ -31,12 +31,13 @@ from mgm.prompt import IMAGE_MARKER, Encoded, Template, encode
 
 AspectRatio = Literal["pad", "square"]
 DATA_JUICER_MARKER = "<__dj__image>"
-_UNREADABLE = (
+UNREADABLE = (
     OSError,
     UnidentifiedImageError,
     Image.DecompressionBombError,
     SyntaxError,
     ValueError,
+    TypeError,
     MemoryError,
 )
 """What Pillow raises for pictures that it cannot or will not decode."""
@@ -241,7 +242,7 @@ class InstructionDataset:
         try:
             with Image.open(path) as image:
                 return square_pixels(image, size, aspect_ratio, mean)
-        except _UNREADABLE as error:
+        except UNREADABLE as error:
             users = [
                 self.record_id(index)
                 for index, record in enumerate(self.records)

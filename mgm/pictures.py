@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from mgm.config import ModelConfig
-from mgm.data import normalised, square_pixels
+from mgm.data import UNREADABLE, normalised, square_pixels
 from mgm.errors import InputError
 from mgm.features import Towers
 from mgm.model import MGM
@@ -51,7 +51,16 @@ class DecodedPictures(ReadAhead[str, Tensor]):
     def _decode(self, key: str) -> Tensor:
         # In evaluation pictures are always padded, whatever the stage was trained with.
         size, mean = self._config.image_size_aux, self._config.image_mean
-        return square_pixels(self._open(key), size, "pad", mean)
+        picture = self._open(key)
+        try:
+            return square_pixels(picture, size, "pad", mean)
+        except UNREADABLE as error:
+            reason = str(error) or "out of memory"
+            raise InputError(
+                "Unreadable picture",
+                f"{key}, {picture.width} x {picture.height} pixels: {reason}",
+                "Fetch the picture again.",
+            ) from error
 
 
 class PictureEncoder:

@@ -28,6 +28,15 @@ def model() -> MGM:
     return tiny_model().eval()
 
 
+def test_a_picture_too_large_for_the_memory_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def too_large(*arguments: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr("mgm.pictures.square_pixels", too_large)
+    with pytest.raises(InputError, match="7, 50 x 30 pixels: out of memory"):
+        DecodedPictures(picture, tiny_config(), 0).take("7")
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_bytes_normalised_later_are_the_preprocessed_picture(workers: int) -> None:
     config = tiny_config()
