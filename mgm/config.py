@@ -159,6 +159,9 @@ class ModelConfig:
             self._refuse("attention", "is unknown", "use eager, sdpa or flash_attention_2")
         if not re.fullmatch(r"identity|linear|mlp\d+x_gelu", self.projector_type):
             self._refuse("projector_type", "is unknown", "use linear, mlp2x_gelu or identity")
+        layers = self.vision.get("num_hidden_layers", VISION_DEFAULTS["num_hidden_layers"])
+        if not -layers - 1 <= self.vision_select_layer <= layers:
+            self._refuse("vision_select_layer", f"is none of {layers} layers", "the kit's is -2")
         cells = self.tokens_per_side * self.image_grid * FUSED_STRIDE
         if self.image_size_aux % (8 * FUSED_STRIDE) or self.image_size_aux % cells:
             self._refuse(
@@ -459,7 +462,11 @@ def _pick_language(config: Mapping[str, Any], source: str) -> dict[str, Any]:
     """Return the Gemma arguments among the keys of a config.json."""
     picked = {key: config[key] for key in LANGUAGE_FIELDS if config.get(key) is not None}
     rope = config.get("rope_parameters") or {}
-    if rope.get("rope_type", "default") != "default" or config.get("rope_scaling"):
+    if (
+        not isinstance(rope, dict)
+        or rope.get("rope_type", "default") != "default"
+        or config.get("rope_scaling")
+    ):
         raise InputError("Unsupported language model", f"{source}: rope is scaled", "use Gemma")
     if "rope_theta" in rope:
         picked["rope_theta"] = rope["rope_theta"]
@@ -541,6 +548,12 @@ def _read_normalisation(
     content = read_json(path)
     mean = content.get("image_mean", CLIP_MEAN)
     std = content.get("image_std", CLIP_STD)
+    for key, values in (("image_mean", mean), ("image_std", std)):
+        is_three = isinstance(values, list | tuple) and len(values) == 3
+        if not is_three or not all(isinstance(value, int | float) for value in values):
+            raise InputError(
+                "Unusable preprocessing", f"{path}: {key} = {values!r}", "give three numbers"
+            )
     return (mean[0], mean[1], mean[2]), (std[0], std[1], std[2])
 
 
@@ -561,7 +574,7 @@ def _read_convnext(
             "drop_path_rate": config.get("drop_path_rate", 0.0),
         }
     config = read_json(open_clip)
-    preprocess = config.get("preprocess_cfg", {})
+    preprocess = config.get("preprocess_cfg") or {}
     if (tuple(preprocess.get("mean", image_mean)), tuple(preprocess.get("std", image_std))) != (
         tuple(image_mean),
         tuple(image_std),

@@ -227,7 +227,8 @@ def build_language_model(config: ModelConfig) -> GemmaForCausalLM:
     checkpoints were trained with the erf GELU, so the name is set afterwards.
 
     Raises:
-        InputError: If the attention kernel that the configuration names is not installed.
+        InputError: If the activation that the configuration names is unknown, or its attention kernel
+            is not installed.
     """
     arguments = dict(config.language)
     activation = arguments.pop("hidden_act", "gelu_pytorch_tanh")
@@ -238,6 +239,12 @@ def build_language_model(config: ModelConfig) -> GemmaForCausalLM:
     gemma_config._attn_implementation = config.attention
     try:
         return GemmaForCausalLM(gemma_config)
+    except KeyError as error:
+        raise InputError(
+            "Unknown activation",
+            f"config.json of the language model: hidden_act = {activation!r}",
+            "Gemma's are gelu and gelu_pytorch_tanh",
+        ) from error
     except ImportError as error:
         raise InputError(
             "Attention kernel missing",

@@ -127,9 +127,10 @@ def _indexed_files(index: Path) -> list[Path]:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise InputError("Unusable index", f"{index}: weight_map is missing", _DAMAGED)
-    names = set(weight_map.values())
-    if not all(isinstance(name, str) and Path(name).name == name for name in names):
-        raise InputError("Unusable index", f"{index}: a shard lies outside the folder")
+    shards = list(weight_map.values())
+    if not all(isinstance(name, str) and Path(name).name == name for name in shards):
+        raise InputError("Unusable index", f"{index}: a shard lies outside the folder", _DAMAGED)
+    names = set(shards)
     missing = sorted(name for name in names if not (index.parent / name).exists())
     if missing:
         raise InputError(

@@ -234,6 +234,13 @@ def test_parts_are_read_from_their_folders(tmp_path: Path) -> None:
     assert config.name == "assembled"
 
 
+@pytest.mark.parametrize("layer", [-14, 13])
+def test_a_layer_that_the_tower_does_not_have_is_named(layer: int) -> None:
+    vision = {**ModelConfig.preset("mgm-2b").vision, "num_hidden_layers": 12}
+    with pytest.raises(InputError, match=f"vision_select_layer = {layer} "):
+        ModelConfig.preset("mgm-2b", vision=vision, vision_select_layer=layer)
+
+
 def test_towers_that_normalise_differently_are_refused(tmp_path: Path) -> None:
     folders = _write_parts(tmp_path)
     (folders[1] / "preprocessor_config.json").write_text(

@@ -80,6 +80,30 @@ def test_a_language_model_of_another_kind_is_refused(
     assert f"{path}: model_type = {kind!r}" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("file", "change", "told"),
+    [
+        ("language_model/config.json", {"hidden_act": "foo"}, "hidden_act = 'foo'"),
+        ("language_model/config.json", {"rope_parameters": [1]}, "rope"),
+        ("vision_tower/preprocessor_config.json", {"image_mean": 0.5}, "image_mean = 0.5"),
+        ("language_model/model.safetensors.index.json", {"weight_map": {"a": ["b"]}}, "index.json"),
+    ],
+)
+def test_a_value_of_another_type_is_named(
+    parts: dict[str, Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    file: str,
+    change: dict[str, object],
+    told: str,
+) -> None:
+    path = parts["language_model"].parent / file
+    content = json.loads(path.read_text("utf-8")) if path.exists() else {}
+    path.write_text(json.dumps({**content, **change}), "utf-8")
+    assert train(parts, tmp_path / "out") == 2
+    assert told in capsys.readouterr().err
+
+
 def test_an_output_that_cannot_be_written_is_told_before_weights_are_loaded(
     parts: dict[str, Path],
     tmp_path: Path,
