@@ -78,7 +78,7 @@ def validate(workspace: Workspace, proposal: Proposal) -> None:
 
 
 def check_settings(workspace: Workspace, settings: Mapping[str, Any]) -> None:
-    """Check the files, the batch arithmetic and the disk.
+    """Check the files, the batch arithmetic, the first stage's method and the disk.
 
     Raises:
         InvalidInput: Naming the setting and the fix.
@@ -109,6 +109,12 @@ def check_settings(workspace: Workspace, settings: Mapping[str, Any]) -> None:
                 f"{stage}.global_batch_size = {whole}",
                 "choose a divisor of the global batch size",
             )
+    if (method := settings["pretrain"]["method"]) != "projector":
+        raise InvalidInput(
+            "Wrong setting",
+            f"{workspace.settings_file}: pretrain.method = {method!r}",
+            "pretraining trains projector and mining: leave it out, or set finetune.method",
+        )
     free = shutil.disk_usage(workspace.root).free
     if free < LEAST_FREE_BYTES:
         raise InvalidInput(

@@ -120,6 +120,8 @@ def test_missing_file_and_bad_batches_are_named(filled: Workspace) -> None:
     pipeline.check_settings(filled, settings)
     with pytest.raises(InvalidInput, match=r"pretrain\.micro_batch_size = 7"):
         pipeline.check_settings(filled, changed(settings, "pretrain", micro_batch_size=7))
+    with pytest.raises(InvalidInput, match=r"pretrain\.method = 'lora'"):
+        pipeline.check_settings(filled, changed(settings, "pretrain", method="lora"))
     filled.path(settings["data"]["original"]).unlink()
     with pytest.raises(InvalidInput, match=r"synth\.yaml: data\.original"):
         pipeline.check_settings(filled, settings)
