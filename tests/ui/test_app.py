@@ -619,6 +619,24 @@ async def test_no_size_breaks_a_screen(
             assert "Home" in seen(pilot)
 
 
+@pytest.mark.parametrize("keys", [("p", "o"), ("ctrl+p",)])
+@pytest.mark.parametrize("size", [(1, 1), (4, 3), (8, 5)])
+async def test_a_list_lives_through_a_terminal_of_a_few_cells(
+    backend: FolderBackend, open_app: Open, keys: tuple[str, ...], size: tuple[int, int]
+) -> None:
+    async with open_app(backend, (80, 24)) as pilot:
+        await settle(pilot)
+        for key in keys:
+            await pilot.press(key)
+            await settle(pilot)
+        await pilot.resize_terminal(*size)
+        await settle(pilot)
+        await pilot.resize_terminal(80, 24)
+        await settle(pilot)
+        await pilot.press("escape", "escape")
+        await until(pilot, "Best against baseline")
+
+
 async def test_states_are_told_without_colour(
     backend: FolderBackend, open_app: Open, monkeypatch: pytest.MonkeyPatch
 ) -> None:
