@@ -430,6 +430,19 @@ async def test_results_list_questions_and_filter_them(
         assert "MMBench questions: changed, 8 of 40" in seen(pilot)
 
 
+async def test_a_long_reason_is_read_to_its_end(backend: FolderBackend, open_app: Open) -> None:
+    proposal = proposal_for(backend._workspace, "words", None)  # noqa: SLF001
+    backend.reject(proposal, " ".join(["too few samples"] * 40) + ", says Ada")
+    async with open_app(backend, (80, 24)) as pilot:
+        await settle(pilot)
+        await pilot.press("4", "down", "down")
+        await settle(pilot)
+        assert "too few samples" in seen(pilot)
+        assert "says Ada" not in seen(pilot)
+        await pilot.press("tab", "end")
+        await until(pilot, "says Ada")
+
+
 async def test_two_marked_runs_are_compared(backend: FolderBackend, open_app: Open) -> None:
     async with open_app(backend, (140, 48)) as pilot:
         await settle(pilot)

@@ -7,6 +7,7 @@ from textual import on
 from textual.app import ComposeResult
 from textual.binding import Binding
 from textual.color import Color
+from textual.containers import VerticalScroll
 from textual.content import Content
 from textual.widgets import DataTable
 
@@ -42,7 +43,8 @@ class HistoryScreen(NotebookScreen):
     def compose_body(self) -> ComposeResult:
         yield Drawing(id="history-head")
         yield DataTable(id="history", cursor_type="row")
-        yield Drawing(id="history-detail", classes="panel")
+        with VerticalScroll(id="history-detail", classes="panel"):
+            yield Drawing(id="history-words")
 
     def on_mount(self) -> None:
         # A click on a table without columns is an error in the toolkit.
@@ -138,7 +140,8 @@ class HistoryScreen(NotebookScreen):
     @on(DataTable.RowHighlighted)
     def _follow_cursor(self, event: DataTable.RowHighlighted) -> None:
         words = self._detail(event.row_key.value)
-        self.query_one("#history-detail", Drawing).show(lambda width, height: words)
+        self.query_one("#history-words", Drawing).show(lambda width, height: words)
+        self.query_one("#history-detail").scroll_home(animate=False)
 
     def _detail(self, key: str | None) -> Content:
         notebook = self.notebook
