@@ -650,6 +650,19 @@ async def test_a_list_lives_through_a_terminal_of_a_few_cells(
         await until(pilot, "Best against baseline")
 
 
+@pytest.mark.parametrize("theme", ["ansi-light", "ansi-dark", "textual-light"])
+async def test_a_theme_of_the_palette_breaks_no_screen(
+    backend: FolderBackend, open_app: Open, theme: str
+) -> None:
+    async with open_app(backend) as pilot:
+        await settle(pilot)
+        pilot.app.theme = theme
+        for key in (*PLACES, "1", "p"):
+            await pilot.press(key)
+            await settle(pilot)
+        assert isinstance(pilot.app.screen, ProposalScreen)
+
+
 async def test_states_are_told_without_colour(
     backend: FolderBackend, open_app: Open, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -6,7 +6,7 @@ from rich.text import Text
 from textual import on
 from textual.app import ComposeResult
 from textual.binding import Binding
-from textual.color import Color
+from textual.color import Color, ColorParseError
 from textual.containers import VerticalScroll
 from textual.content import Content
 from textual.widgets import DataTable
@@ -21,6 +21,8 @@ from synth_agent.ui.widgets.drawing import Drawing
 
 _WIDE = 100
 """From this width on, every column fits."""
+_OWN = -1
+"""How the toolkit numbers the terminal's own colour."""
 _COLUMNS = ("run", "samples", "TextVQA", "MMBench", "verdict", "state")
 _MORE_COLUMNS = ("kind", "recipe", "time (UTC)")
 
@@ -134,8 +136,13 @@ class HistoryScreen(NotebookScreen):
         ]
 
     def _sign_text(self, sign: Sign) -> Text:
-        color = Color.parse(self.app.theme_variables[sign.style])
-        return Text(sign.text, style=f"rgb({color.r},{color.g},{color.b})")
+        try:
+            color = Color.parse(self.app.theme_variables[sign.style])
+        except ColorParseError:  # a share of the terminal's own colour, which nobody knows
+            return Text(sign.text)
+        # The terminal's own foreground has no colour that could be named.
+        style = "" if color.ansi == _OWN else f"rgb({color.r},{color.g},{color.b})"
+        return Text(sign.text, style=style)
 
     @on(DataTable.RowHighlighted)
     def _follow_cursor(self, event: DataTable.RowHighlighted) -> None:
