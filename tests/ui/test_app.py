@@ -443,6 +443,15 @@ async def test_a_long_reason_is_read_to_its_end(backend: FolderBackend, open_app
         await until(pilot, "says Ada")
 
 
+async def test_runs_are_seen_in_few_lines(backend: FolderBackend, open_app: Open) -> None:
+    async with open_app(backend, (60, 12)) as pilot:
+        await settle(pilot)
+        await pilot.press("4")
+        await settle(pilot)
+        assert "0002-similarity" in seen(pilot)
+        assert "0001-baseline" in seen(pilot)
+
+
 async def test_two_marked_runs_are_compared(backend: FolderBackend, open_app: Open) -> None:
     async with open_app(backend, (140, 48)) as pilot:
         await settle(pilot)
