@@ -501,6 +501,8 @@ def stage_environment(workspace: Workspace) -> dict[str, str]:
         PIP_NO_INDEX="1",
         UV_OFFLINE="1",
         PYTHONHASHSEED="0",
+        # Stages start where the user is: a file there named like a module must not be imported.
+        PYTHONSAFEPATH="1",
     )
     return environment
 

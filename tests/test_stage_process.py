@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Mapping
@@ -14,7 +15,7 @@ import pytest
 
 from synth_agent.errors import Busy, InvalidInput, SynthAgentError
 from synth_agent.stage_process import Ended, run_stage
-from synth_agent.workspace import Workspace, open_workspace
+from synth_agent.workspace import Workspace, open_workspace, stage_environment
 
 ERROR = {"title": "Bad recipe", "message": "line 3", "hint": "fix it"}
 
@@ -86,3 +87,18 @@ def test_it_does_not_outlive_an_error_of_its_caller(workspace: Workspace) -> Non
     with pytest.raises(KeyError):
         _run(workspace, slow, report=report)
     assert time.monotonic() - started < 30
+
+
+def test_a_file_in_the_workspace_is_no_module(workspace: Workspace) -> None:
+    (workspace.root / "shlex.py").write_text("raise SystemExit('imported')\n")
+    program = "import shlex, sys\nprint(shlex.quote('a b'))"
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=workspace.root,
+        env=stage_environment(workspace),
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=600,
+    )
+    assert (done.returncode, done.stdout) == (0, "'a b'\n")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import subprocess
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -409,6 +411,37 @@ def test_queries_are_bounded(queried: StatisticsTable) -> None:
         queried.query("SELECT count(*) FROM range(10000000) a, range(10000000) b", timeout_s=0.3)
     assert time.monotonic() - started < 60
     assert queried.query("SELECT 1").rows == ((1,),)
+
+
+@pytest.mark.parametrize(
+    "expression",
+    [
+        "length(repeat('x', 2000000000) || repeat('y', 2000000000))",
+        "length(array_to_string(range(50000000), 'x'))",
+        "length(rpad('x', 2000000000, 'y'))",
+        "len(list_resize([1], 900000000, 2))",
+    ],
+)
+def test_no_function_takes_the_memory_or_the_time_of_the_machine(
+    queried: StatisticsTable, expression: str
+) -> None:
+    # The database counts neither for single functions and cannot interrupt them.
+    with pytest.raises(SynthAgentError, match="Query took too|Query failed"):
+        queried.query(f"SELECT {expression}", timeout_s=1.0)
+    children = psutil.Process().children(recursive=True)
+    assert all(child.memory_info().rss < 2**30 for child in children)
+    assert queried.query("SELECT 1").rows == ((1,),)
+
+
+def test_the_process_of_queries_ends_with_the_table(tmp_path: Path) -> None:
+    table = make_table(tmp_path, 3)
+    before = set(psutil.Process().children())
+    table.query("SELECT 1")
+    [child] = set(psutil.Process().children()) - before
+    assert not any(name.startswith("OPENAI_") for name in child.environ())
+    del table
+    gc.collect()
+    assert not child.is_running()
 
 
 @pytest.mark.parametrize(

@@ -1,29 +1,32 @@
-"""Queries over a table that come from outside: one SELECT at a time, without files or network."""
+"""Queries over a table that come from outside: one SELECT at a time, without files or network.
+
+They run in a process of their own (`query_process`), which holds the table: the database counts
+neither the memory nor the time of single functions, such as `repeat('x', 2000000000)`, so the system
+bounds the memory, and whoever asks ends the process when the time is over.
+"""
 
 from __future__ import annotations
 
 import json
-import threading
-from collections.abc import Sequence
+import os
+import selectors
+import subprocess
+import sys
+import tempfile
+import time
+import weakref
 from dataclasses import dataclass
 from typing import Any
 
-import duckdb
+import pyarrow as pa  # type: ignore[import-untyped]
 
 from synth_agent.errors import InvalidInput, SynthAgentError
 
 MAX_RESULT_BYTES = 1 << 20
-QUERY_MEMORY = "1GB"
-_SETTINGS = (
-    f"memory_limit = '{QUERY_MEMORY}'",
-    "threads = 2",
-    "temp_directory = ''",
-    "autoinstall_known_extensions = false",
-    "autoload_known_extensions = false",
-    "python_enable_replacements = false",
-    "enable_external_access = false",
-    "lock_configuration = true",
-)
+_STARTING_SECONDS = 60.0
+"""How long the process may take to load the database; on an idle machine it is half a second."""
+_ENDING_SECONDS = 0.5
+"""A query that the database can interrupt is ended by it, so that the process stays."""
 
 
 @dataclass(frozen=True)
@@ -37,13 +40,18 @@ class QueryResult:
 
 
 class Database:
-    """A database in memory that holds one Arrow table as the view `samples`; not for two threads."""
+    """A database in a process of its own, whose view `samples` is an Arrow table.
+
+    Not for two threads. The process is started by the first query, and again after one that had to
+    be ended with it; it ends when nobody holds the database.
+    """
 
     def __init__(self, samples: Any) -> None:
-        self._connection = duckdb.connect(":memory:")
-        self._connection.register("samples", samples)
-        for setting in _SETTINGS:
-            self._connection.execute(f"SET {setting}")
+        self._file = tempfile.TemporaryFile(prefix="synth-agent-")  # noqa: SIM115
+        place = f"/proc/self/fd/{self._file.fileno()}"
+        with pa.OSFile(place, "wb") as sink, pa.ipc.new_file(sink, samples.schema) as writer:
+            writer.write_table(samples)
+        self._process: subprocess.Popen[bytes] | None = None
 
     def query(self, sql: str, limit_rows: int, timeout_s: float, limit_bytes: int) -> QueryResult:
         """Run one SELECT.
@@ -56,54 +64,89 @@ class Database:
 
         Raises:
             InvalidInput: not one SELECT, or the database refuses it.
-            SynthAgentError: it took too long.
+            SynthAgentError: it took too long or too much memory.
         """
-        _check_select(self._connection, sql)
-        timer = threading.Timer(timeout_s, self._connection.interrupt)
-        timer.start()
-        try:
-            # The newline ends a comment that the statement may close with.
-            cursor = self._connection.execute(
-                f"SELECT * FROM (\n{sql.strip().rstrip(';')}\n) LIMIT {limit_rows + 1}"
-            )
-            columns = tuple(column[0] for column in cursor.description or ())
-            rows = cursor.fetchall()
-        except duckdb.InterruptException as error:
+        process = self._started()
+        request = {"sql": sql, "rows": limit_rows, "seconds": timeout_s, "bytes": limit_bytes}
+        answer = self._ask(process, request, timeout_s + _ENDING_SECONDS)
+        if answer is None:
+            raise _too_long(timeout_s)
+        if "refused" in answer:
+            raise InvalidInput(*answer["refused"])
+        if answer.get("failed") == "time":
+            raise _too_long(timeout_s)
+        if "failed" in answer:
             raise SynthAgentError(
-                "Query took too long", f"more than {timeout_s:g} s", "ask for less at a time"
-            ) from error
-        except duckdb.Error as error:
-            raise _refused(error) from error
-        finally:
-            timer.cancel()
-        return _bounded(columns, rows, limit_rows, limit_bytes)
+                "Query took too much memory", sql.strip()[:200], "ask for less at a time"
+            )
+        rows = tuple(tuple(row) for row in answer["rows"])
+        return QueryResult(tuple(answer["columns"]), rows, answer["truncated"])
+
+    def _started(self) -> subprocess.Popen[bytes]:
+        if self._process is not None and self._process.poll() is None:
+            return self._process
+        descriptor = self._file.fileno()
+        process = subprocess.Popen(
+            [sys.executable, "-P", "-m", "synth_agent.statistics.query_process", str(descriptor)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            pass_fds=(descriptor,),
+            env={name: text for name, text in os.environ.items() if not name.startswith("OPENAI_")},
+        )
+        weakref.finalize(self, _end, process)
+        if self._ask(process, None, _STARTING_SECONDS) is None:
+            raise SynthAgentError("Queries cannot run", "the database did not start", "try again")
+        self._process = process
+        return process
+
+    def _ask(
+        self, process: subprocess.Popen[bytes], request: Any, seconds: float
+    ) -> dict[str, Any] | None:
+        """Send a request, if any, and return the answer; None, and no process, if none came."""
+        assert process.stdin is not None and process.stdout is not None
+        try:
+            if request is not None:
+                process.stdin.write(json.dumps(request).encode() + b"\n")
+                process.stdin.flush()
+            line = _read_line(process.stdout.fileno(), seconds)
+        except BrokenPipeError:
+            line = b""
+        if line is None:
+            _end(process)
+            return None
+        if not line.endswith(b"\n"):
+            _end(process)  # the system ended it, which it does where memory is short
+            return {"failed": "memory"}
+        answer: dict[str, Any] = json.loads(line)
+        return answer
 
 
-def _check_select(database: duckdb.DuckDBPyConnection, sql: str) -> None:
-    try:
-        statements = database.extract_statements(sql)
-    except duckdb.Error as error:
-        raise _refused(error) from error
-    if len(statements) != 1 or statements[0].type != duckdb.StatementType.SELECT:
-        raise InvalidInput("Not a query", sql.strip()[:200], "write one SELECT statement")
+def _read_line(descriptor: int, seconds: float) -> bytes | None:
+    """Return what comes up to the end of a line or of the stream, None where time is over first."""
+    deadline = time.monotonic() + seconds
+    found = b""
+    with selectors.DefaultSelector() as selector:
+        selector.register(descriptor, selectors.EVENT_READ)
+        while not found.endswith(b"\n"):
+            if not selector.select(max(0.0, deadline - time.monotonic())):
+                return None
+            piece = os.read(descriptor, 1 << 20)
+            if not piece:
+                break
+            found += piece
+    return found
 
 
-def _refused(error: duckdb.Error) -> InvalidInput:
-    return InvalidInput(
-        "Query failed",
-        str(error).strip().splitlines()[0],
-        "the view is `samples`; its columns are row, id, sample, text, images and the stats",
+def _end(process: subprocess.Popen[bytes]) -> None:
+    process.kill()
+    process.wait()
+    for pipe in (process.stdin, process.stdout):
+        if pipe is not None:
+            pipe.close()
+
+
+def _too_long(seconds: float) -> SynthAgentError:
+    return SynthAgentError(
+        "Query took too long", f"more than {seconds:g} s", "ask for less at a time"
     )
-
-
-def _bounded(
-    columns: tuple[str, ...], rows: Sequence[tuple[Any, ...]], limit_rows: int, limit_bytes: int
-) -> QueryResult:
-    kept: list[tuple[Any, ...]] = []
-    size = 0
-    for row in rows[:limit_rows]:
-        size += len(json.dumps(row, default=str, ensure_ascii=False).encode())
-        if size > limit_bytes:
-            break
-        kept.append(row)
-    return QueryResult(columns, tuple(kept), len(kept) < len(rows))
