@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from textual.pilot import Pilot
-from textual.worker import WorkerFailed
+from textual.worker import WorkerCancelled, WorkerFailed
 
 from synth_agent.ui.app import SynthAgentApp
 from synth_agent.ui.backend import WorkspaceBackend
@@ -57,8 +57,8 @@ def open_app() -> Open:
 async def settle(pilot: Pilot[int]) -> None:
     """Wait until no thread works and all messages were handled."""
     for _ in range(3):
-        # A thread that fails is what some tests are about; the app tells of it.
-        with suppress(WorkerFailed):
+        # A thread that fails is what some tests are about, and one may outlive its screen.
+        with suppress(WorkerCancelled, WorkerFailed):
             await pilot.app.workers.wait_for_complete()
         await pilot.pause()
 
