@@ -7,6 +7,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 from textual.pilot import Pilot
@@ -267,6 +268,32 @@ async def test_a_live_run_is_found_and_followed(
             await pilot.pause(0.6)
             await settle(pilot)
             assert "75 % 30/40" in seen(pilot)
+
+
+async def test_a_live_run_with_a_long_name_is_named_on_the_narrow_bar(
+    workspace: Workspace, backend: FolderBackend, open_app: Open
+) -> None:
+    proposal = replace(proposal_for(workspace, "words", None), slug="words-and-all-that-jazz-twice")
+    run = Writer(workspace, 3, proposal)
+    run.start()
+    with held(backend, run.id):
+        async with open_app(backend, (80, 24)) as pilot:
+            await settle(pilot)
+            assert "6 Planner ▶ 0003-words-and-all-…" in seen(pilot)
+
+
+async def test_a_stage_that_counts_nothing_yet_shows_no_number(
+    workspace: Workspace, backend: FolderBackend, open_app: Open
+) -> None:
+    run = live_run(workspace)
+    run.stage("pretrain")
+    run.event("stage_started", stage="finetune", key="k", pid=1, pid_started=0.0, command=[])
+    run.event("progress", stage="finetune", step=0, total=0, unit="step", label="loading weights")
+    with held(backend, run.id):
+        async with open_app(backend) as pilot:
+            await settle(pilot)
+            assert "loading weights" in seen(pilot)
+            assert "0 loading" not in seen(pilot)
 
 
 async def test_a_run_that_goes_live_takes_the_place_of_one_that_nobody_chose(

@@ -5,13 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from rich.cells import cell_len
 from textual.app import ComposeResult
 from textual.containers import Horizontal
 from textual.content import Content
 from textual.message import Message
 from textual.widgets import Static
 
-from synth_agent.ui.text import clean
+from synth_agent.ui.text import clean, shorten
+from synth_agent.ui.widgets.drawing import Drawing
 
 PLACES = (
     ("home", "Home"),
@@ -52,15 +54,20 @@ class NavigationBar(Horizontal):
         yield Static("synth-agent", classes="brand", markup=False)
         for key, (place, name) in enumerate(PLACES, start=1):
             yield Place(place, f"{key} {name}", is_here=place == self._place)
-        yield Static("", id="navigation-state", markup=False)
+        yield Drawing(id="navigation-state")
 
     def on_mount(self) -> None:
         self.show_live(None)
 
     def show_live(self, run_id: str | None) -> None:
         """Show which run is live, or the workspace's name when none is."""
-        state = self.query_one("#navigation-state", Static)
+        words, style = clean(self._root.name), "$foreground-muted"
         if run_id is not None:
-            state.update(Content.styled(f"▶ {clean(run_id)} running", "$accent"))
-        else:
-            state.update(Content.styled(clean(self._root.name), "$foreground-muted"))
+            words, style = f"▶ {clean(run_id)}", "$accent"
+
+        def draw(width: int, height: int) -> Content:
+            whole = f"{words} running" if run_id is not None else words
+            shown = whole if cell_len(whole) <= width else shorten(words, width)
+            return Content.styled(shown, style)
+
+        self.query_one("#navigation-state", Drawing).show(draw)

@@ -64,7 +64,7 @@ def progress_words(stage: StageState, room: int) -> Content:
     counts = f"{step:,}/{total:,}" if total else f"{step:,}"
     left = progress.get("eta_seconds")
     eta = f"  {duration(left)} left" if left is not None else ""
-    words = f"{counts} {label}{eta}"
+    words = f"{counts} {label}{eta}" if step or total else f"{label}{eta}"
     bar_width = min(30, room - len(words) - 8)
     if not total or bar_width < 6:
         return Content(shorten(words, room))
