@@ -168,6 +168,7 @@ def _commit(workspace: Workspace, names: Sequence[str], message: str) -> CommitR
     try:
         _refuse_unfinished(git, workspace)
         present = [name for name in names if (workspace.root / name).exists()]
+        _refuse_ignored(git, present)
         new = git.ls_files("--others", "--exclude-standard", "--", *present).splitlines()
         if not present or not (new or _differs(workspace, git, present)):
             return CommitResult(False)
@@ -188,6 +189,22 @@ def _commit(workspace: Workspace, names: Sequence[str], message: str) -> CommitR
 def _differs(workspace: Workspace, git: Git, present: Sequence[str]) -> bool:
     """Whether there is something to commit; without a first commit there always is."""
     return head(workspace) is None or bool(git.diff("HEAD", "--name-only", "--", *present))
+
+
+_RECORDS = (".yaml", ".json", ".jsonl", ".md")
+"""Endings of the log's files."""
+
+
+def _refuse_ignored(git: Git, present: Sequence[str]) -> None:
+    """Git passes over files that it is told to ignore; the log would lack them without a word."""
+    if not present:
+        return
+    listed = git.ls_files("--others", "--ignored", "--exclude-standard", "--", *present)
+    for name in listed.splitlines():
+        # Others are an editor's or the system's, and rightly ignored.
+        if not Path(name).name.startswith(".") and name.endswith(_RECORDS):
+            words = f"{name} is ignored: take it out of .gitignore or .git/info/exclude"
+            raise GitCommandError(["git", "commit"], 1, words.encode())
 
 
 def _refuse_unfinished(git: Git, workspace: Workspace) -> None:

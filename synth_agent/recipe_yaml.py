@@ -52,7 +52,7 @@ def read_mapping(text: str, where: str) -> object:
     if len(text) > LONGEST_FILE:
         raise InvalidInput(
             "Recipe is too long",
-            f"{where}: {len(text)} characters",
+            f"{where}: more than {LONGEST_FILE} characters",
             f"write at most {LONGEST_FILE}",
         )
     text = text.removeprefix("\ufeff").replace("\r\n", "\n")

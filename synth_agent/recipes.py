@@ -33,7 +33,7 @@ from synth_agent.data_plans import (
 from synth_agent.errors import InvalidInput, nearest
 from synth_agent.recipe_checks import check_operator, check_options
 from synth_agent.recipe_order import check_packages, check_sequence
-from synth_agent.recipe_yaml import read_mapping
+from synth_agent.recipe_yaml import LONGEST_FILE, read_mapping
 from synth_agent.runs import digest
 from synth_agent.workspace import Workspace
 
@@ -154,7 +154,9 @@ def load_recipe(path: Path) -> Recipe:
         InvalidInput: unreadable, not YAML, not a mapping, or a bad header or process list.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        # What is longer than a recipe may be, such as a device without an end, is not read whole.
+        with path.open(encoding="utf-8") as file:
+            text = file.read(LONGEST_FILE + 1)
     except OSError as error:
         raise InvalidInput(
             "Cannot read recipe", f"{path}: {error.strerror}", "check the path"

@@ -128,3 +128,22 @@ def test_a_refusal_is_told_with_gits_reason(git_workspace: Workspace) -> None:
     lock.unlink()
     assert journal.catch_up(git_workspace)[0].made
     assert journal.refusal(git_workspace) == ""
+
+
+def test_records_that_git_ignores_are_told(git_workspace: Workspace) -> None:
+    write_record(git_workspace, "0001-a")
+    (git_workspace.root / ".git" / "info" / "exclude").write_text("*.swp\n*.log\n")
+    (git_workspace.run("0001-a").root / ".summary.md.swp").write_text("an editor's")
+    assert commit(git_workspace, "0001-a").made
+    (git_workspace.root / ".gitignore").write_text("runs/\n")
+    write_record(git_workspace, "0002-b")
+    refused = commit(git_workspace, "0002-b")
+    assert not refused.made
+    assert "runs/0002-b/summary.md is ignored: take it out" in refused.reason
+    (git_workspace.root / ".gitignore").unlink()
+    write_record(git_workspace, "0003-c")
+    assert commit(git_workspace, "0003-c").made
+    assert [one.trailers["Run"] for one in journal.history(git_workspace)[:2]] == [
+        "0003-c",
+        "0002-b",
+    ]

@@ -223,6 +223,11 @@ def test_difference_is_per_operator_and_parameter() -> None:
     assert [line.sign for line in diff_recipes(child, child)] == [" ", " "]
 
 
+def test_a_file_without_an_end_is_refused() -> None:
+    with pytest.raises(InvalidInput, match="too long"):
+        load_recipe(Path("/dev/zero"))
+
+
 def test_catalogue_has_every_operator() -> None:
     load_catalogue.cache_clear()
     catalogue = load_catalogue()

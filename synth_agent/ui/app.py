@@ -45,6 +45,7 @@ from synth_agent.ui.screens.proposal import ProposalScreen
 from synth_agent.ui.screens.results import ResultsScreen
 from synth_agent.ui.screens.run import RunScreen
 from synth_agent.ui.talk import Talk
+from synth_agent.ui.text import clean
 from synth_agent.ui.widgets.navigation import Place
 
 if TYPE_CHECKING:
@@ -101,6 +102,8 @@ class SynthAgentApp(App[int]):
         self._is_reading = False
         self._problem = ""
         """What kept the history from being read the last time."""
+        self._carded = ("", "")
+        """Title and message of the error that was told last."""
         talk = Talk(self.backend)
         self.home_screen = HomeScreen(self.backend, talk)
         self.run_screen = RunScreen(self.backend)
@@ -164,9 +167,7 @@ class SynthAgentApp(App[int]):
         self._show_error(message.error)
 
     def _show_error(self, error: BaseException) -> None:
-        """Show an error as a card. One card at a time: a repeated failure does not pile up."""
-        if isinstance(self.screen, ErrorScreen):
-            return
+        """Show an error as a card, and another one that comes meanwhile as a line beside it."""
         if isinstance(error, SynthAgentError):
             words = (error.title, error.message, error.hint)
         else:
@@ -176,7 +177,13 @@ class SynthAgentApp(App[int]):
                 f"{type(error).__name__}: {error}",
                 f"The app and the run go on. The details are in {path}",
             )
-        self.push_screen(ErrorScreen(*map(self.backend.without_secrets, words)))
+        title, message, hint = map(self.backend.without_secrets, words)
+        if not isinstance(self.screen, ErrorScreen):
+            self._carded = (title, message)
+            self.push_screen(ErrorScreen(title, message, hint))
+        elif (title, message) != self._carded:  # a repeated failure does not pile up
+            self._carded = (title, message)
+            self.notify(clean(message), title=clean(title), severity="error", markup=False)
 
     def _log_defect(self, error: BaseException) -> str:
         path = self.backend.app_log()

@@ -186,13 +186,19 @@ class WorkspaceBackend:
         files: dict[str, list[tuple[str, int, int]]],
         live: str | None,
     ) -> tuple[Run, ...] | None:
-        """Return the runs with those read again that changed; None if all have to be read."""
-        if known is None or known.damaged or files.keys() != self._known_files.keys():
+        """Return the runs with those read that changed or came; None if all have to be read."""
+        if known is None or known.damaged:
             return None
-        changed = {name for name in files if files[name] != self._known_files[name]}
+        changed = {name for name in files if files[name] != self._known_files.get(name)}
         changed |= {name for name in (live, known.live) if name is not None}
+        kept = {run.id: run for run in known.runs if run.id not in changed}
+        planned = [
+            name
+            for name, entries in files.items()
+            if name[0].isdigit() and any(entry[0] == "plan.yaml" for entry in entries)
+        ]
         try:
-            return tuple(self.run(r.id) if r.id in changed else r for r in known.runs)
+            return tuple(kept.get(name) or self.run(name) for name in planned)
         except InvalidInput:
             return None
 
@@ -203,10 +209,8 @@ class WorkspaceBackend:
             if path.suffix in (".yaml", ".jsonl"):
                 try:
                     status = path.stat()
-                except (
-                    FileNotFoundError
-                ):  # removed meanwhile, or an editor's lock, which is a dangling link
-                    continue
+                except FileNotFoundError:
+                    continue  # removed meanwhile, or an editor's lock, which is a dangling link
                 entry = (path.name, status.st_size, status.st_mtime_ns)
                 found.setdefault(path.parent.name, []).append(entry)
         return found

@@ -16,6 +16,7 @@ from textual.widgets import Button, Input, TextArea
 from synth_agent.errors import Busy
 from synth_agent.runs import Plan, Proposal, load_plan
 from synth_agent.ui.app import SynthAgentApp
+from synth_agent.ui.messages import Failed
 from synth_agent.ui.screens.error import ErrorScreen
 from synth_agent.ui.screens.home import HomeScreen
 from synth_agent.ui.screens.proposal import ProposalScreen
@@ -518,6 +519,10 @@ async def test_an_error_becomes_a_card_and_the_app_lives(
         text = seen(pilot)
         for words in ("Another run is live", "0009-x holds the lock", "wait for it"):
             assert words in text
+        for _ in range(2):  # told once beside the card
+            pilot.app.screen.post_message(Failed(Busy("Disk is full", "no space", "free some")))
+        await settle(pilot)
+        assert [one.title for one in pilot.app._notifications] == ["Disk is full"]  # noqa: SLF001
         await pilot.press("escape")
         await settle(pilot)
         assert not isinstance(pilot.app.screen, ErrorScreen)

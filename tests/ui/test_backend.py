@@ -81,6 +81,7 @@ def test_the_history_is_read_again_only_when_it_changed(workspace: Workspace) ->
     run.start()
     second = backend.notebook()
     assert [r.id for r in second.runs] == ["0001-baseline", "0002-similarity", "0003-words"]
+    assert second.runs[0] is first.runs[0]
     run.finish("failed", "failed")
     third = backend.notebook()
     assert third.runs[2].status == "failed"

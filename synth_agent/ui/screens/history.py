@@ -68,7 +68,8 @@ class HistoryScreen(NotebookScreen):
         rows |= {one.id: self._rejection_cells(one) for one in reversed(notebook.rejections)}
         self._fill(rows, is_wide=self.size.width >= _WIDE)
         words = (
-            f"{len(notebook.runs)} runs, {len(notebook.rejections)} rejected proposals. "
+            f"{_many(len(notebook.runs), 'run')}, "
+            f"{_many(len(notebook.rejections), 'rejected proposal')}. "
             "enter opens, space marks two, = compares."
             if rows
             else "No runs yet. Press 1 and start with the baseline."
@@ -206,3 +207,7 @@ def _score_text(run: Run, benchmark: str) -> Text:
 
 def _described(title: str, reason: str) -> Content:
     return Content.assemble((clean(title), "bold"), "\n", (clean(reason), "$foreground-muted"))
+
+
+def _many(count: int, noun: str) -> str:
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"

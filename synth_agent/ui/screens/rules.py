@@ -11,6 +11,7 @@ from rich.text import Text
 from textual import on, work
 from textual.app import ComposeResult
 from textual.binding import Binding
+from textual.containers import VerticalScroll
 from textual.content import Content
 from textual.widgets import DataTable
 
@@ -48,7 +49,8 @@ class RulesScreen(NotebookScreen):
     def compose_body(self) -> ComposeResult:
         yield Drawing(id="rules-head")
         yield DataTable(id="rules", cursor_type="row")
-        yield Drawing(id="rules-detail", classes="panel")
+        with VerticalScroll(id="rules-detail", classes="panel"):
+            yield Drawing(id="rules-words")
 
     def on_mount(self) -> None:
         self.query_one(DataTable).add_columns(*_COLUMNS)
@@ -92,7 +94,8 @@ class RulesScreen(NotebookScreen):
     def _follow_cursor(self) -> None:
         chosen = self._chosen()
         words = Content(clean(chosen.words())) if chosen else Content("")
-        self.query_one("#rules-detail", Drawing).show(lambda width, height: words)
+        self.query_one("#rules-words", Drawing).show(lambda width, height: words)
+        self.query_one("#rules-detail").scroll_home(animate=False)
 
     def action_revoke(self) -> None:
         chosen = self._chosen()
