@@ -353,7 +353,15 @@ def read_config(
             )
         )
         towers = ModelConfig.tower_sizes(*found)
-    config = ModelConfig.from_mgm_config(written, towers)
+    try:
+        config = ModelConfig.from_mgm_config(written, towers)
+    except (AttributeError, TypeError, ValueError) as error:
+        files = f"config.json or {TOWERS_FILE}" if towers is not None else "config.json"
+        raise InputError(
+            "Unusable configuration",
+            f"{folder}, {files}: a value is of another type: {error}",
+            "restore the file, or write the numbers as numbers",
+        ) from error
     return config.replace(**overrides) if overrides else config
 
 

@@ -478,6 +478,14 @@ def _pick_language(config: Mapping[str, Any], source: str) -> dict[str, Any]:
                 f"{source}: {key} = {picked[key]!r}",
                 "it must be a whole number above 0",
             )
+    for key, value in picked.items():
+        kind = {"hidden_act": str, "eos_token_id": int | list}.get(key, int | float)
+        if not isinstance(value, kind):
+            raise InputError(
+                "Not a Gemma configuration",
+                f"{source}: {key} = {value!r}",
+                "its value is of another type: restore the file",
+            )
     return picked
 
 

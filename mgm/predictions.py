@@ -60,8 +60,10 @@ class Predictions:
             if intact == 0:
                 if record.get("fingerprint") != fingerprint:
                     return 0
+            elif (answers := _answers(record)) is None:
+                break
             else:
-                self.answers.update({int(place): text for place, text in record["answers"]})
+                self.answers.update(answers)
             intact += len(line)
         return intact
 
@@ -74,3 +76,12 @@ def _parse(line: bytes) -> dict[str, Any] | None:
     except ValueError:
         return None
     return record if isinstance(record, dict) else None
+
+
+def _answers(record: Mapping[str, Any]) -> dict[int, str] | None:
+    """Return the answers of a line by position, None where it holds something else."""
+    try:
+        answers = {int(place): text for place, text in record["answers"]}
+    except (KeyError, TypeError, ValueError):
+        return None
+    return answers if all(isinstance(text, str) for text in answers.values()) else None

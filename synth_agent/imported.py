@@ -354,7 +354,7 @@ def _results(
 ) -> tuple[ImportedResult, ...]:
     values = {
         name: {
-            benchmark: _number(record[column], f"{where}: row {name}, column {column!r}")
+            benchmark: _score(record[column], layout, f"{where}: row {name}, column {column!r}")
             for benchmark, column in layout.benchmarks.items()
             if record[column]
         }
@@ -405,6 +405,17 @@ def _baseline_values(
             "name a row whose scores are above zero",
         )
     return base
+
+
+def _score(cell: str, layout: Layout, where: str) -> float:
+    is_multiple = layout.baseline is None and not layout.absolute
+    if is_multiple and "%" in cell:
+        raise InvalidInput(
+            "Not a multiple",
+            f"{where}: {cell!r}",
+            "write 0.5 for 50 % of the baseline, name the baseline's row, or say that values are scores",
+        )
+    return _number(cell, where)
 
 
 def _number(cell: str, where: str) -> float:

@@ -25,7 +25,11 @@ HASH_BITS = 64
 MIN_SET_BITS = 6
 """A hash with fewer bits set, or clear, is of a picture too flat to be told from other flat ones."""
 DIGEST_LENGTH = 32
-UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+UNREADABLE = (
+    *(OSError, SyntaxError, ValueError, TypeError, MemoryError),
+    Image.DecompressionBombError,
+)
+"""What Pillow raises for pictures that it cannot or will not decode."""
 _CELLS = (9, 8)
 _DRAFT = (144, 128)
 _WORKERS = min(8, os.cpu_count() or 1)
@@ -50,7 +54,7 @@ def hash_bytes(content: bytes) -> PictureHash:
     """Return the hashes of a picture's bytes.
 
     Raises:
-        OSError, SyntaxError, ValueError, Image.DecompressionBombError: It cannot be decoded.
+        One of `UNREADABLE`: It cannot be decoded.
     """
     digest = hashlib.sha256(content).hexdigest()[:DIGEST_LENGTH]
     with warnings.catch_warnings(), Image.open(io.BytesIO(content)) as image:

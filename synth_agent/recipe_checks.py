@@ -335,6 +335,20 @@ def _check_condition(place: str, text: str) -> None:
             raise InvalidInput(
                 "Unknown field", f"{place}: {shown(text)}", f"valid names: {', '.join(names)}"
             )
+        if isinstance(node, ast.Attribute) and not _has_parts(node):
+            raise InvalidInput(
+                "Unknown field",
+                f"{place}: {shown(ast.unparse(node))}: it has no parts, so no sample would be kept",
+                f"name a stat or meta value: {STATS_FIELD}.num_words, {META_FIELD}.key",
+            )
+
+
+def _has_parts(node: ast.Attribute) -> bool:
+    """Tell whether an attribute is one of the stats or of the meta values."""
+    inner = node.value
+    while isinstance(inner, ast.Attribute):
+        inner = inner.value
+    return isinstance(inner, ast.Name) and inner.id in (STATS_FIELD, META_FIELD)
 
 
 def _check_size(place: str, text: str) -> None:

@@ -254,6 +254,7 @@ def parameters() -> list[Case]:
         ("general_field_filter", {"filter_condition": "[x for x in text]"}, "not allowed"),
         ("general_field_filter", {"filter_condition": "9**9**9 > 1"}, "not allowed"),
         ("general_field_filter", {"filter_condition": "a" * 5000}, "too long"),
+        ("general_field_filter", {"filter_condition": "10 < text.x.y"}, "no parts"),
         ("specified_field_filter", {"field_key": "/etc/passwd"}, "field"),
         ("specified_field_filter", {}, "field_key"),
         ("token_num_filter", {"hf_tokenizer": "gpt2"}, "hf_tokenizer"),

@@ -99,6 +99,7 @@ def test_what_one_means_has_to_be_said() -> None:
         (CSV.replace("44.0", "high"), LAYOUT, "row a, column 'TextVQA': 'high'"),
         (CSV.replace("44.0", "nan"), LAYOUT, "Not a number"),
         (CSV.replace("44.0", "-4"), LAYOUT, "row a, column 'TextVQA': '-4'"),
+        (CSV.replace("44.0", "50%"), LAYOUT, "Not a multiple"),
         (CSV.replace("44.0", "4" * 200_000), LAYOUT, "field limit"),
         (CSV.replace("TextVQA", "ops", 1), LAYOUT, "Columns share a name"),
         (CSV.replace("b,row", "a,row"), LAYOUT, "share a name"),

@@ -6,6 +6,7 @@ import json
 import pickle
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -223,6 +224,27 @@ def test_published_checkpoints_load_with_and_without_a_separate_head(
     assert _equal(load_full(tmp_path), plain)
     save_file({**tensors, "lm_head.weight": head + 1}, tmp_path / "model.safetensors")
     with pytest.raises(InputError, match=r"lm_head\.weight differs"):
+        load_full(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("file", "change"),
+    [
+        ("towers.json", {"convnext_aux": 5}),
+        ("towers.json", {"convnext_aux": {"dims": 7, "depths": [1]}}),
+        ("towers.json", {"image_mean": 0.5}),
+        ("config.json", {"image_size_aux": "56"}),
+        ("config.json", {"rms_norm_eps": "1e-6"}),
+    ],
+)
+def test_a_configuration_with_a_value_of_another_type_is_named(
+    golden: Path, tmp_path: Path, file: str, change: dict[str, Any]
+) -> None:
+    for name in ("config.json", "towers.json"):
+        content = json.loads((golden / "model_a" / name).read_text())
+        (tmp_path / name).write_text(json.dumps(content | (change if name == file else {})))
+    shutil.copy(golden / "model_a" / "weights.safetensors", tmp_path / "model.safetensors")
+    with pytest.raises(InputError, match=r"\.json"):
         load_full(tmp_path)
 
 

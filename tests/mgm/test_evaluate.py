@@ -400,6 +400,18 @@ def test_partial_file_keeps_whole_batches_only(tmp_path: Path) -> None:
     third = Predictions(path, "x")
     third.close()
     assert third.answers == {3: "a", 1: "b\n", 2: "d"}
+    for line in (
+        '{"other": 1}',
+        '{"answers": 5}',
+        '{"answers": [[1, 2]]}',
+        '{"answers": [["x", "y"]]}',
+    ):
+        whole = path.read_bytes()
+        path.write_text(whole.decode() + line + "\n")
+        damaged = Predictions(path, "x")
+        damaged.close()
+        assert damaged.answers == third.answers
+        assert path.read_bytes() == whole
 
 
 def test_old_score_does_not_outlive_a_failed_run(
