@@ -423,10 +423,11 @@ def _number(cell: str, where: str) -> float:
         value = float(cell.rstrip("%x× "))
     except ValueError:
         value = math.nan
+    told = f"{where}: {cell[:80]!r}"
     if not math.isfinite(value):
-        raise InvalidInput("Not a number", f"{where}: {cell!r}", "correct the cell or empty it")
+        raise InvalidInput("Not a number", told, "correct the cell or empty it")
     if value < 0:
-        raise InvalidInput("Below zero", f"{where}: {cell!r}", "give a score or a count, no change")
+        raise InvalidInput("Below zero", told, "give a score or a count, no change")
     return value
 
 

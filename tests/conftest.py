@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import socket
 import subprocess
 from collections.abc import Iterator
@@ -12,6 +13,13 @@ import pytest
 from PIL import ImageFile
 
 from synth_agent.workspace import Workspace, open_workspace
+
+
+@pytest.fixture(autouse=True, scope="session")
+def hear_interrupts() -> None:
+    """A shell starts what runs in its background deaf to interrupts, which some tests send."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)

@@ -1,5 +1,8 @@
 """Imported tables: what is read, what is refused, and the one that is shipped."""
 
+from __future__ import annotations
+
+import csv
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -100,7 +103,6 @@ def test_what_one_means_has_to_be_said() -> None:
         (CSV.replace("44.0", "nan"), LAYOUT, "Not a number"),
         (CSV.replace("44.0", "-4"), LAYOUT, "row a, column 'TextVQA': '-4'"),
         (CSV.replace("44.0", "50%"), LAYOUT, "Not a multiple"),
-        (CSV.replace("44.0", "4" * 200_000), LAYOUT, "field limit"),
         (CSV.replace("TextVQA", "ops", 1), LAYOUT, "Columns share a name"),
         (CSV.replace("b,row", "a,row"), LAYOUT, "share a name"),
         (CSV.replace("row a dup", "row z dup"), LAYOUT, "another row"),
@@ -211,3 +213,12 @@ def test_the_shipped_table_agrees_with_the_recipes_headers() -> None:
                 assert float(said["mmbench"]) == gains["mmbench"]
                 compared += 1
     assert compared >= 15
+
+
+def test_a_cell_without_an_end_is_refused() -> None:
+    before = csv.field_size_limit(100_000)  # other libraries in the process raise it
+    try:
+        assert "field limit" in _message(CSV.replace("44.0", "4" * 200_000))
+    finally:
+        csv.field_size_limit(before)
+    assert len(_message(CSV.replace("44.0", "4" * 1000))) < 300

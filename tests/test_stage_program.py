@@ -6,7 +6,7 @@ import errno
 import json
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -18,14 +18,6 @@ from synth_agent.stages.program import run_program
 from synth_agent.stages.progress import StageProgress
 
 SIGNALS = [(signal.SIGTERM, 143), (signal.SIGINT, 130)]
-
-
-@pytest.fixture(autouse=True)
-def heard() -> Iterator[None]:
-    """Hear interrupts: a shell starts what runs in its background deaf to them."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
 
 
 def _told(path: Path) -> list[dict[str, str]]:
