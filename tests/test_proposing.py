@@ -176,6 +176,43 @@ def test_an_ablation_removes_operators_of_its_parent(workspace: Workspace, runs:
     assert [next(iter(step)) for step in proposal.recipe["process"]] == ["words_num_filter"]
 
 
+def test_an_ablation_changes_nothing_beside_what_it_removes(
+    workspace: Workspace, runs: list[Run]
+) -> None:
+    pair = [{"words_num_filter": {"min_num": 5}}, {"text_length_filter": {"min_len": 9}}]
+    long = {"name": "long", "process": pair, "repeat": 2}
+    wholes = {"process": pair}, {"branches": [long]}
+    parents = [
+        replace(
+            runs[0],
+            id=f"000{number}-pair",
+            plan=replace(
+                runs[0].plan,
+                proposal=read(workspace, runs, proposal_object(recipe=whole)),
+            ),
+        )
+        for number, whole in enumerate(wholes, 3)
+    ]
+
+    def ablation(of: str, recipe: dict[str, Any], **fields: Any) -> Proposal:
+        given = proposal_object(kind="ablate", parent=of, recipe=recipe, **fields)
+        return read(workspace, [*runs, *parents], given)
+
+    one = {"process": pair[:1]}
+    with pytest.raises(InvalidInput, match=r"ablation only removes.*field settings: finetune"):
+        ablation("0003-pair", one, settings={"finetune": {"learning_rate": 0.5}})
+    kept = {**long, **one}
+    assert ablation("0004-pair", {"branches": [kept]}).kind == "ablate"
+    for other in (
+        {"branches": [{**kept, "repeat": 3}]},
+        {"branches": [{**kept, "sample": {"count": 5, "seed": 1}}]},
+        {"branches": [kept], "order": {"by": "shuffled", "seed": 1}},
+        one,
+    ):
+        with pytest.raises(InvalidInput, match="ablation only removes"):
+            ablation("0004-pair", other)
+
+
 def test_what_was_rejected_or_shown_does_not_come_again(
     workspace: Workspace, runs: list[Run]
 ) -> None:

@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from synth_agent.data_plans import Branch, DataPlan, Order
 from synth_agent.errors import InvalidInput, SynthAgentError, nearest
 from synth_agent.fit import estimate_cost
 from synth_agent.imported import list_imported
@@ -219,7 +220,16 @@ def _check_kind(
             f"field recipe: it does what {parent.id} did",
             "change something, or choose kind replicate",
         )
-    if given.kind == "ablate" and not _is_part(recipe, before):
+    if given.kind != "ablate":
+        return
+    other = [name for name in sections if settings[name] != parent.plan.proposal.settings.get(name)]
+    if other:
+        raise InvalidInput(
+            "An ablation only removes",
+            f"field settings: {other[0]} differs from {parent.id}",
+            "leave settings out, or choose explore or exploit",
+        )
+    if not _is_part(recipe, before):
         raise InvalidInput(
             "An ablation only removes",
             f"field recipe: it is not the recipe of {parent.id} without some of its operators",
@@ -228,12 +238,35 @@ def _check_kind(
 
 
 def _is_part(recipe: Recipe, whole: Recipe) -> bool:
-    """Tell whether a recipe has some of another's operators, unchanged, and not all."""
+    """Tell whether a recipe is another without some of its operators, all else unchanged."""
     mine, others = (
         Counter(digest([o.name, dict(o.parameters)]) for _, o in operators_with_places(one))
         for one in (recipe, whole)
     )
-    return mine < others
+    return (
+        mine < others
+        and _is_plan_kept(recipe.data_plan, whole.data_plan)
+        and all(
+            any(_is_branch_of(branch, other) for other in whole.branches)
+            for branch in recipe.branches
+        )
+    )
+
+
+def _is_branch_of(branch: Branch, whole: Branch) -> bool:
+    """Tell whether a branch has the operators of another in their order, or some of them."""
+    others = iter(whole.operators)
+    return branch == replace(whole, operators=branch.operators) and all(
+        operator in others for operator in branch.operators
+    )
+
+
+def _is_plan_kept(plan: DataPlan | None, whole: DataPlan | None) -> bool:
+    """Tell whether merging and order are another plan's; a sorting may be left out."""
+    if plan is None or whole is None:
+        return plan is whole
+    is_unsorted = whole.order.operator is not None and plan.order == Order()
+    return plan.deduplicate == whole.deduplicate and (is_unsorted or plan.order == whole.order)
 
 
 def _evidence(
