@@ -306,6 +306,11 @@ PICKLED_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib"
 EXPORT_SUFFIXES = (".jsonl", ".json", ".parquet")
 
 
+def is_read_parameter(name: str) -> bool:
+    """Tell whether a parameter names a model or a file that its operator loads."""
+    return name.startswith(MODEL_PREFIX) or name in (*FILE_PARAMETERS, LOCAL_OR_SERVICE)
+
+
 def refusal(spec: OperatorSpec) -> str:
     """Return why an operator is refused unless a person allows it; empty when it is not."""
     if spec.name in REVIEWED_OPERATORS:

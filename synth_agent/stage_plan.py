@@ -17,6 +17,7 @@ from typing import Any
 
 from synth_agent.digests import Digests
 from synth_agent.errors import InvalidInput
+from synth_agent.recipe_policy import is_read_parameter
 from synth_agent.recipes import steps_of
 from synth_agent.runs import Plan, digest
 from synth_agent.workspace import Workspace
@@ -333,17 +334,26 @@ def _program(module: str, config: Path, context: Context, stage: str) -> tuple[s
     return (sys.executable, "-m", module, "--config", str(config), "--progress", progress)
 
 
-def named_paths(value: object, workspace: Workspace) -> set[str]:
-    """Return the texts of a recipe that name an existing file or folder, such as a model."""
+def named_paths(value: object, workspace: Workspace, parameter: str = "") -> set[str]:
+    """Return the texts of a recipe that name an existing file or folder, such as a model.
+
+    Args:
+        value: The recipe's steps, or a part of them.
+        workspace: Where paths start.
+        parameter: The name under which the value stands.
+    """
     if isinstance(value, str):
         # What operators write under artifacts/ comes out of a run and does not go into it.
         is_input = "/" in value and not PurePosixPath(value).is_relative_to("artifacts")
-        return {value} if is_input and workspace.path(value).exists() else set()
+        is_read = bool(value) and is_read_parameter(parameter)
+        return {value} if (is_input or is_read) and workspace.path(value).exists() else set()
     if isinstance(value, Mapping):
-        value = list(value.values())
-    if isinstance(value, (list, tuple)):
-        return {name for item in value for name in named_paths(item, workspace)}
-    return set()
+        parts = [named_paths(item, workspace, str(name)) for name, item in value.items()]
+    elif isinstance(value, (list, tuple)):
+        parts = [named_paths(item, workspace, parameter) for item in value]
+    else:
+        parts = []
+    return set().union(*parts)
 
 
 def _model(context: Context) -> dict[str, Path]:

@@ -90,6 +90,24 @@ def test_one_byte_voids_the_approval_and_is_named(
     assert starts.run_ids == [plan.run_id]
 
 
+@pytest.mark.parametrize("folder", ["clip", "artifacts/models/clip"])
+@pytest.mark.parametrize("is_sorting", [False, True])
+def test_a_model_is_covered_wherever_it_lies(
+    world: Workspace, starts: Starts, folder: str, is_sorting: bool
+) -> None:
+    weights = world.root / folder / "model.safetensors"
+    weights.parent.mkdir(parents=True)
+    weights.write_text("weights")
+    name, parameters = "image_text_similarity_filter", {"hf_clip": folder}
+    order = {"by": "statistic", "operator": name, "parameters": parameters}
+    sorting = {"branches": [{"name": "all", "process": []}], "order": order}
+    steps = sorting if is_sorting else {"process": [{name: parameters}]}
+    plan = approve(world, proposal_of(recipe={"name": "r", **steps}))
+    flip(weights)
+    with pytest.raises(Conflict, match=f"since it was approved: recipe: {folder} "):
+        pipeline.launch(world, plan)
+
+
 def test_every_byte_of_the_plan_counts(world: Workspace, starts: Starts) -> None:
     plan = approve(world, proposal_of())
     path = world.run(plan.run_id).plan
