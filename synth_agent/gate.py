@@ -39,6 +39,13 @@ _PACKAGES = (
 _PACKAGE = Path(__file__).resolve().parent
 _DATA_ONLY = frozenset({"data.seed", "data.original", "code: data processing", "run: recipe.yaml"})
 """What only the data stage reads, besides what the recipe names."""
+_READ_BY = {
+    "process": ("data.seed", "data.original", "data.images", "recipe: ", "run: recipe.yaml"),
+    "pretrain": ("data.images", "model."),
+    "finetune": ("data.instructions", "data.instruction_images", "model."),
+    "evaluate": ("evaluate.", "model."),
+}
+"""Beginnings of the names of what a stage reads as long as it runs; its code is loaded at once."""
 _CODE = ("gate.py", "pipeline.py", "referee.py", "runs.py", "stage_plan.py", "worker.py")
 
 
@@ -114,6 +121,16 @@ def check_approval(
             f"{plan.run_id}: changed since it was approved: {', '.join(changed)}",
             "put it back as it was, or propose again and approve what is there",
         )
+
+
+def changed_under(
+    workspace: Workspace, plan: Plan, digests: Digests, stage: str
+) -> tuple[str, ...]:
+    """Return the names of what a stage read and what is no longer as it was approved."""
+    if not plan.inputs:
+        return ()
+    read = _READ_BY[stage]
+    return tuple(name for name in changed_inputs(workspace, plan, digests) if name.startswith(read))
 
 
 def _is_past(name: str, finished: Collection[str]) -> bool:

@@ -31,7 +31,7 @@ import psutil
 from synth_agent import __version__, journal
 from synth_agent.digests import Digests
 from synth_agent.errors import EXIT_OK, Busy, InvalidInput, SynthAgentError
-from synth_agent.gate import check_approval
+from synth_agent.gate import changed_under, check_approval
 from synth_agent.pipeline import (
     gpu_seconds_of,
     is_cap_reached,
@@ -274,7 +274,7 @@ def _run_stages(
             if flag.requested:
                 raise Cancelled(flag.reason)
             try:
-                _run_stage(workspace, plan.run_id, stage, events, flag)
+                _run_stage(workspace, plan, stage, events, flag, digests)
             finally:
                 flag.end()
         outputs[name] = stage.output
@@ -282,11 +282,16 @@ def _run_stages(
 
 
 def _run_stage(
-    workspace: Workspace, run_id: str, stage: Stage, events: EventLog, flag: CancelFlag
+    workspace: Workspace,
+    plan: Plan,
+    stage: Stage,
+    events: EventLog,
+    flag: CancelFlag,
+    digests: Digests,
 ) -> None:
     started, code = time.monotonic(), 0
     stage.partial.mkdir(parents=True, exist_ok=True)
-    logs = workspace.logs(run_id)
+    logs = workspace.logs(plan.run_id)
     logs.mkdir(parents=True, exist_ok=True)
     for path, config in stage.configs.items():
         path.write_text(json.dumps(config, indent=2), "utf-8")
@@ -298,8 +303,13 @@ def _run_stage(
             if code or flag.requested:
                 break
     missing = stage.missing(stage.partial)
+    changed = changed_under(workspace, plan, digests, stage.name)
+    if changed:
+        _set_aside(stage, _void_folder(workspace, stage))
     if flag.requested and (code or missing):
         status = "cancelled"
+    elif changed:
+        status, error = "failed", _void(workspace, plan, stage, changed)
     elif code or missing:
         status = "failed"
         error = _failure(stage, code, missing, logs / f"{stage.name}.log", tail.error)
@@ -323,6 +333,28 @@ def _run_stage(
         raise Cancelled(flag.reason)
     if error is not None:
         raise StageFailed(error["title"], error["message"], error.get("hint", ""))
+
+
+def _void_folder(workspace: Workspace, stage: Stage) -> Path:
+    return workspace.artifacts / "void" / f"{stage.name}-{stage.output.name}"
+
+
+def _set_aside(stage: Stage, void: Path) -> None:
+    """Move what a stage has made of other inputs to where no later start finds it."""
+    if void.exists():
+        shutil.rmtree(void)
+    void.parent.mkdir(exist_ok=True)
+    stage.partial.rename(void)
+
+
+def _void(workspace: Workspace, plan: Plan, stage: Stage, changed: Sequence[str]) -> dict[str, str]:
+    return {
+        "title": "Approval is void",
+        "message": f"{plan.run_id}: changed while {stage.name} read it: {', '.join(changed)}; what "
+        f"it made is set aside in {_void_folder(workspace, stage)}",
+        "hint": "put it back as it was and resume the run, or propose again and approve what is "
+        "there",
+    }
 
 
 def _run_command(

@@ -37,6 +37,8 @@ def run_stage(name: str, output: Path, mode: Path, progress: Path) -> int:
     if how == "full":
         with Path("/dev/full").open("w") as full:
             full.write("x")
+    if how.startswith("change "):
+        Path(how.removeprefix("change ")).write_text("changed while the stage ran")
     if how == "hang":
         time.sleep(60)
     if name == "evaluate":

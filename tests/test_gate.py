@@ -605,3 +605,44 @@ def test_input_that_changes_under_a_live_run_fails_it(real: Workspace) -> None:
     assert run.error["message"].endswith("since it was approved: evaluate.mmbench.questions")
     assert run.stages["pretrain"].status == "succeeded"
     assert run.stages["finetune"].status == "waiting"
+
+
+READ = {
+    "process": ("data.seed", "data.images", "recipe: models/clip"),
+    "pretrain": ("data.images", "model.language_model"),
+    "finetune": ("data.instructions",),
+    "evaluate": ("evaluate.mmbench.questions",),
+}
+
+
+@pytest.mark.parametrize(
+    ("stage", "name"), [(stage, name) for stage, names in READ.items() for name in names]
+)
+def test_what_a_stage_made_of_other_inputs_is_never_used(
+    real: Workspace, stage: str, name: str
+) -> None:
+    target, mode = real.root / FILES[name], real.artifacts / f"mode-{stage}"
+    approved = target.read_bytes()
+    mode.write_text(f"change {target}")
+    plan = approve(real, proposal_of())
+    builders = {name: stage_builder(name) for name in READ}
+    work(real, plan.run_id, CancelFlag(), builders)
+    run = pipeline.load_run(real, plan.run_id)
+    assert (run.status, run.stages[stage].status) == ("failed", "failed")
+    assert run.error is not None and run.error["title"] == "Approval is void"
+    assert f"changed while {stage} read it: {name};" in run.error["message"]
+    assert [path.name.split("-")[0] for path in (real.artifacts / "void").iterdir()] == [stage]
+    mode.unlink()
+    write(target, approved)
+    work(real, plan.run_id, CancelFlag(), builders)
+    run = pipeline.load_run(real, plan.run_id)
+    assert (run.status, run.stages[stage].status) == ("succeeded", "succeeded")
+
+
+def test_what_a_later_stage_reads_may_change_under_an_earlier_one(real: Workspace) -> None:
+    target = real.root / FILES["evaluate.mmbench.questions"]
+    (real.artifacts / "mode-pretrain").write_text(f"change {target}")
+    plan = approve(real, proposal_of())
+    work(real, plan.run_id, CancelFlag(), {name: stage_builder(name) for name in READ})
+    run = pipeline.load_run(real, plan.run_id)
+    assert (run.status, run.stages["pretrain"].status) == ("failed", "succeeded")

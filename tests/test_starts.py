@@ -222,7 +222,8 @@ def test_stage_with_several_starts_is_run(workspace: Workspace) -> None:
         return logged[-1]
 
     events.append = keep  # type: ignore[method-assign]
-    worker._run_stage(workspace, run_id, stage, events, worker.CancelFlag())
+    flag = worker.CancelFlag()
+    worker._run_stage(workspace, context.plan, stage, events, flag, context.digests)
     events.close()
     done = fold(context.plan, logged).stages["pretrain"]
     assert done.status == "succeeded"
