@@ -127,7 +127,11 @@ def _add_gate(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     propose = commands.add_parser("propose", help="propose the next experiment, or a given recipe")
     propose.add_argument("recipe", nargs="?", help="recipe name (default: the planner chooses)")
     propose.add_argument(
-        "--alternatives", type=int, default=1, metavar="N", help="show two or three to choose from"
+        "--alternatives",
+        type=int,
+        default=1,
+        metavar="N",
+        help="show two or three of the built-in planner to choose from",
     )
     propose.add_argument(
         "--wish", default="", metavar="TEXT", help="tell the model: cheaper, only filters, ..."
@@ -151,7 +155,9 @@ def _add_gate(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     limit.add_argument("--data-only", action="store_true", help="stop before training")
     limit.add_argument("--samples", type=int, metavar="N", help="train on at most so many")
     limit.add_argument("--gpu-hours", type=float, metavar="H", help="stop after so much time")
-    auto = commands.add_parser("auto", help="propose and run inside the standing rules")
+    auto = commands.add_parser(
+        "auto", help="run what the built-in planner proposes inside the standing rules"
+    )
     auto.add_argument("--budget", required=True, metavar="TIME", help="wall time, 6h or 90m")
     auto.add_argument("--max-runs", type=int, metavar="N")
     auto.add_argument("--json", action="store_true")

@@ -28,6 +28,7 @@ from synth_agent.workspace import Workspace
 
 def propose(workspace: Workspace, options: argparse.Namespace) -> int:
     """Propose the next experiment, a given recipe, or several experiments; keep them as drafts."""
+    _refuse_unheard(workspace, options)
     if options.recipe is not None:
         proposals: Sequence[Proposal] = [_of_recipe(workspace, options.recipe)]
     elif options.alternatives != 1:
@@ -50,6 +51,30 @@ def propose(workspace: Workspace, options: argparse.Namespace) -> int:
         print(proposal_text(proposal))
         narrate(f"approve it with: synth-agent approve {proposal.sha256[:12]}")
     return EXIT_OK
+
+
+def _refuse_unheard(workspace: Workspace, options: argparse.Namespace) -> None:
+    """Refuse a wish, or a model asked for by name, where no model is asked.
+
+    Raises:
+        InvalidInput: Naming the option.
+    """
+    kind = options.planner or workspace.settings.planner.kind
+    is_single = options.recipe is None and options.alternatives == 1
+    if options.wish and (kind == "builtin" or not is_single):
+        why = "the built-in planner proposes" if options.recipe is None else "the recipe is given"
+        raise InvalidInput(
+            "Nobody hears the wish",
+            f"--wish {options.wish!r}, but {why}",
+            "leave it out, or ask a model for one proposal: --planner llm",
+        )
+    if options.planner in ("llm", "replay") and not is_single:
+        what = "a given recipe" if options.recipe is not None else "alternatives"
+        raise InvalidInput(
+            "No model is asked",
+            f"--planner {options.planner}, but {what} need no model",
+            "leave out --planner, or ask the model for one proposal",
+        )
 
 
 def _of_recipe(workspace: Workspace, name: str) -> Proposal:

@@ -68,6 +68,28 @@ def test_what_is_missing_is_named(
     assert "planner.model is empty" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("arguments", "option"),
+    [
+        (["--planner", "builtin", "--wish", "cheaper"], "--wish 'cheaper'"),
+        (["--alternatives", "2", "--wish", "cheaper"], "--wish 'cheaper'"),
+        (["short", "--wish", "cheaper"], "--wish 'cheaper'"),
+        (["--alternatives", "2", "--planner", "llm"], "--planner llm"),
+        (["short", "--planner", "replay"], "--planner replay"),
+    ],
+)
+def test_a_wish_that_nobody_hears_is_refused(
+    workspace: Workspace,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    option: str,
+) -> None:
+    assert main(["-w", str(workspace.root), "propose", *arguments]) == 2
+    told = capsys.readouterr()
+    assert option in told.err and not told.out
+    assert not (workspace.artifacts / "drafts").exists()
+
+
 def test_a_part_of_a_proposal_is_shown_under_its_own_sha256(
     workspace: Workspace, capsys: pytest.CaptureFixture[str]
 ) -> None:
