@@ -46,6 +46,7 @@ __all__ = [
     "Order",
     "Recipe",
     "diff_recipes",
+    "does_same",
     "dump_recipe",
     "list_recipes",
     "load_catalogue",
@@ -227,6 +228,29 @@ def steps_of(mapping: Mapping[str, Any]) -> dict[str, Any]:
     Two recipes do the same if these are equal and their options are.
     """
     return {key: mapping[key] for key in ("process", *PLAN_FIELDS) if key in mapping}
+
+
+def does_same(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Tell whether the mappings of two recipes say the same, with parameters written out or not."""
+    mine, others = steps_of(one), steps_of(other)
+    if mine == others:
+        return True
+    # Most recipes differ in their operators, which is told without the catalogue.
+    if _operator_names(mine) != _operator_names(others):
+        return False
+    try:
+        return _written_out(mine) == _written_out(others)
+    except InvalidInput:
+        return False
+
+
+def _operator_names(steps: Mapping[str, Any]) -> list[list[str]]:
+    lists = [steps, *(steps.get("branches") or ())]
+    return [[str(name) for step in part.get("process") or () for name in step] for part in lists]
+
+
+def _written_out(steps: Mapping[str, Any]) -> str:
+    return materialise(recipe_from_mapping("recipe", steps), load_catalogue()).digest
 
 
 def dump_recipe(recipe: Recipe) -> str:

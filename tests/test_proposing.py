@@ -225,6 +225,25 @@ def test_what_was_rejected_or_shown_does_not_come_again(
         read(workspace, runs, renamed, shown=[first])
 
 
+def test_the_built_in_planner_knows_what_a_model_proposed(
+    workspace: Workspace, runs: list[Run]
+) -> None:
+    planner = BuiltinPlanner()
+    first = planner.propose(workspace, runs, [])
+    assert first is not None and first.slug == "pair"
+    steps = {"process": first.recipe["process"]}
+    same = read(workspace, runs, proposal_object(recipe=steps))
+    assert same.recipe["process"] != first.recipe["process"], "every parameter is written out"
+    run = replace(runs[1], id="0003-same", plan=replace(runs[1].plan, proposal=same))
+    for tried, rejections in (
+        (runs, [rejection(run, "too dear")]),
+        ([*runs, replace(run, status="failed")], []),
+        ([*runs, replace(run, status="approved")], []),
+    ):
+        again = planner.propose(workspace, tried, rejections)
+        assert again is None or again.slug != "pair"
+
+
 def test_a_permission_of_the_workspace_is_all_that_counts(
     workspace: Workspace, runs: list[Run]
 ) -> None:

@@ -19,9 +19,9 @@ from synth_agent.planner.evidence import same_steps
 from synth_agent.planner.features import family_of
 from synth_agent.recipes import (
     Recipe,
+    does_same,
     list_recipes,
     load_catalogue,
-    steps_of,
     validate_recipe,
 )
 from synth_agent.runs import BUILTIN_PLANNER, Kind, Prediction, Proposal, Rejection, Run
@@ -115,7 +115,7 @@ def predict(
     """
     recipes = {known.name: known for known in list_recipes(workspace)}
     baseline = _baseline_recipe(workspace, recipes)
-    if steps_of(recipe.mapping()) == steps_of(baseline.mapping()):
+    if does_same(recipe.mapping(), baseline.mapping()):
         return ()
     assessment = assess(workspace, [*recipes.values(), recipe], baseline, settings, history)
     to = None if parent is None or same_steps(parent, baseline) else parent
@@ -389,7 +389,7 @@ def _was_rejected(
 
 def _is_same(proposal: Proposal, recipe: Recipe, settings: Mapping[str, Any], *but: str) -> bool:
     """Tell whether a proposal is this recipe under these settings; the machine does not count."""
-    if steps_of(proposal.recipe) != steps_of(recipe.mapping()):
+    if not does_same(proposal.recipe, recipe.mapping()):
         return False
     compared = [section for section in SETTINGS_OF_A_RUN if section not in ("compute", *but)]
     return all(proposal.settings.get(section) == settings.get(section) for section in compared)

@@ -19,7 +19,7 @@ from synth_agent.noise import assumed_noise, replicates, seed_noise
 from synth_agent.planner.choosing import Results
 from synth_agent.planner.model import Array
 from synth_agent.planner.published import Gains, published_gains
-from synth_agent.recipes import Recipe, steps_of
+from synth_agent.recipes import Recipe, does_same
 from synth_agent.runs import Run, Score
 from synth_agent.wording import BENCHMARK_NAMES
 
@@ -116,7 +116,7 @@ def comparable(run: Run, settings: Mapping[str, Any]) -> bool:
 
 def same_steps(run: Run, recipe: Recipe) -> bool:
     """Tell whether a run had the steps of a recipe."""
-    return steps_of(run.plan.proposal.recipe) == steps_of(recipe.mapping())
+    return does_same(run.plan.proposal.recipe, recipe.mapping())
 
 
 def two_heaps(values: Sequence[float]) -> bool:
