@@ -23,7 +23,13 @@ from synth_agent.data import atomic_file
 from synth_agent.errors import Conflict, InvalidInput, nearest
 from synth_agent.gate import changed_inputs, with_limits
 from synth_agent.recipe_policy import REVIEWED_OPERATORS
-from synth_agent.recipes import list_recipes, load_catalogue, recipe_from_mapping, steps_of
+from synth_agent.recipes import (
+    does_same,
+    list_recipes,
+    load_catalogue,
+    recipe_from_mapping,
+    steps_of,
+)
 from synth_agent.runs import Plan, Proposal, Run, digest, load_plan, now
 from synth_agent.workspace import Workspace
 
@@ -217,6 +223,8 @@ def refusal(workspace: Workspace, state: Standing, proposal: Proposal) -> str:
     seconds = proposal.cost.seconds
     if seconds is not None and seconds > state.hours_left * 3600:
         return f"it needs about {seconds / 3600:.2g} h, {state.hours_left:.2g} h are left"
+    if rejected := _rejected_since(workspace, rule, proposal):
+        return rejected
     name = str(proposal.recipe.get("name", ""))
     if rule.kind == "filters":
         return _other_operators(proposal)
@@ -228,6 +236,18 @@ def refusal(workspace: Workspace, state: Standing, proposal: Proposal) -> str:
         changed = changed_inputs(workspace, load_plan(workspace.run(rule.run).plan))
         if changed:
             return f"not what {rule.run} ran on: {', '.join(changed)} changed"
+    return ""
+
+
+def _rejected_since(workspace: Workspace, rule: Rule, proposal: Proposal) -> str:
+    """Return who turned the same down after the rule was made, and why; empty when nobody did."""
+    settings = _settings(proposal.settings)
+    for rejection in pipeline.list_rejections(workspace):
+        other = rejection.proposal
+        # Both times are written by this program, in UTC to the millisecond.
+        is_same = rejection.at >= rule.at and _settings(other.settings) == settings
+        if is_same and does_same(other.recipe, proposal.recipe):
+            return f"{rejection.by} rejected it ({rejection.id}): {rejection.reason}"
     return ""
 
 

@@ -65,6 +65,19 @@ def test_filters_only(world: Workspace) -> None:
         assert f"{operator} is not a reviewed filter" in reasons[0]
 
 
+def test_what_a_person_rejected_is_covered_by_later_rules_only(world: Workspace) -> None:
+    add(world)
+    assert not refusals(world, "short")
+    pipeline.reject(world, recipe_proposal(world, "short"), reason="wrong captions", by="ada")
+    assert "r1: ada rejected it (0001-short): wrong captions" in refusals(world, "short", seed=7)
+    with pytest.raises(Conflict, match="wrong captions"):
+        rules.approve_under(world, "r1", recipe_proposal(world, "short", seed=7))
+    assert not refusals(world, "words")
+    rule = add(world)
+    state, _ = rules.find_rule(world, recipe_proposal(world, "short"))
+    assert state is not None and state.id == rule.id
+
+
 def test_recipe_by_name_and_content(world: Workspace) -> None:
     add(world, "recipes", recipes=["clean"])
     assert not refusals(world, "clean")
