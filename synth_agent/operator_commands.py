@@ -10,8 +10,9 @@ from typing import Any
 
 from synth_agent.catalogue import COSTS, Catalogue, OperatorSpec, Parameter, load_catalogue
 from synth_agent.errors import InvalidInput, nearest
+from synth_agent.recipe_checks import parameters_as_checked
 from synth_agent.recipe_order import missing_packages
-from synth_agent.recipe_policy import LIMITS, refusal
+from synth_agent.recipe_policy import refusal
 from synth_agent.workspace import SETTINGS_NAME, Workspace
 
 _WIDTH = 96
@@ -79,7 +80,8 @@ def detail_lines(spec: OperatorSpec, catalogue: Catalogue, allowed: Iterable[str
     ]
     lines += [f"{name:<9} {value}" for name, value in facts if value]
     lines += ["", "parameters"] if spec.parameters else []
-    lines += [f"  {_parameter(parameter)}" for parameter in spec.parameters.values()]
+    checked = parameters_as_checked(spec.name, catalogue)
+    lines += [f"  {_parameter(checked[name])}" for name in spec.parameters]
     base = [name for name in catalogue.base[spec.kind] if name.endswith("interval")]
     shared = ["num_proc", "batch_size", *base, *(["reversed_range"] if base else [])]
     return [*lines, "", f"and, as every {spec.kind}: {', '.join(shared)}"]
@@ -98,7 +100,7 @@ def operator_data(
             "maximum": parameter.maximum,
             "choices": list(parameter.choices),
         }
-        for name, parameter in catalogue.parameters(spec.name).items()
+        for name, parameter in parameters_as_checked(spec.name, catalogue).items()
     }
     return {
         "name": spec.name,
@@ -135,9 +137,8 @@ def _parameter(parameter: Parameter) -> str:
     if parameter.choices:
         text += f", one of {', '.join(map(str, parameter.choices))}"
     low, high = parameter.minimum, parameter.maximum
-    if parameter.name in LIMITS and (low is None or high is None):
-        least, most = LIMITS[parameter.name]
-        low, high = least if low is None else low, most if high is None else high
     if low is not None and high is not None:
         return f"{text}, from {low:g} to {high:g}"
+    if high is not None:
+        return f"{text}, at most {high:g}"
     return text if low is None else f"{text}, {low:g} or more"

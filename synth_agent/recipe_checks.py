@@ -11,6 +11,7 @@ import ast
 import math
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,7 @@ from synth_agent.recipe_policy import (
 from synth_agent.recipe_yaml import check_shape, printable, shown
 from synth_agent.workspace import SETTINGS_NAME, Workspace
 
-__all__ = ["check_models", "check_operator", "check_options"]
+__all__ = ["check_models", "check_operator", "check_options", "parameters_as_checked"]
 
 
 _OPERATOR_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,79}")
@@ -179,22 +180,20 @@ def _check_value(place: str, parameter: Parameter, value: Any) -> None:
     # Some defaults are outside the bounds, and a recipe that is written out repeats them.
     if not parameter.required and type(value) is type(default) and value == default:
         return
-    accepts = parameter.accepts
-    if "any" in accepts:
-        accepts = UNTYPED.get(parameter.name, accepts)
-    if not _is_accepted(value, accepts):
-        expected = " or ".join(accepts)
+    parameter = _as_checked(parameter)
+    if not _is_accepted(value, parameter.accepts):
+        expected = " or ".join(parameter.accepts)
         raise InvalidInput(
             "Wrong type", f"{place}: {shown(value)}", f"give a value of type {expected}"
         )
-    choices = parameter.choices or CHOICES.get(parameter.name, ())
+    choices = parameter.choices
     if choices and value is not None and value not in choices:
         raise InvalidInput(
             "Unknown value", f"{place}: {shown(value)}", nearest(str(value), map(str, choices))
         )
     if isinstance(value, bool) or not isinstance(value, int | float):
         return
-    low, high = _bounds(parameter)
+    low, high = parameter.minimum, parameter.maximum
     if (low is not None and value < low) or (high is not None and value > high):
         if high is None:
             bounds = f"{low:g} or more"
@@ -205,13 +204,35 @@ def _check_value(place: str, parameter: Parameter, value: Any) -> None:
         raise InvalidInput("Out of range", f"{place}: {value}", f"give {bounds}")
 
 
-def _bounds(parameter: Parameter) -> tuple[float | None, float | None]:
+def parameters_as_checked(operator: str, catalogue: Catalogue) -> dict[str, Parameter]:
+    """Return the parameters of an operator with what a recipe is held to.
+
+    Types, bounds, choices and which have to be named: Data-Juicer's, narrowed by `recipe_policy`.
+    """
+    known = catalogue.parameters(operator)
+    needed = _required(operator, known)
+    return {
+        name: replace(_as_checked(parameter), required=name in needed)
+        for name, parameter in known.items()
+    }
+
+
+def _as_checked(parameter: Parameter) -> Parameter:
+    accepts, choices = parameter.accepts, parameter.choices
+    if "any" in accepts:
+        accepts = UNTYPED.get(parameter.name, accepts)
     low, high = parameter.minimum, parameter.maximum
     if parameter.name in LIMITS:
         least, most = LIMITS[parameter.name]
         low = least if low is None else max(low, least)
         high = most if high is None else min(high, most)
-    return low, high
+    return replace(
+        parameter,
+        accepts=accepts,
+        choices=choices or CHOICES.get(parameter.name, ()),
+        minimum=low,
+        maximum=high,
+    )
 
 
 def _is_accepted(value: Any, accepts: tuple[str, ...]) -> bool:
@@ -369,9 +390,7 @@ def _bytes(value: object) -> int | None:
     return int(match[1]) << (10 * (" KMGTP".index(unit) if unit else 0))
 
 
-def _check_required(
-    where: str, name: str, parameters: Mapping[str, Any], known: Mapping[str, Parameter]
-) -> None:
+def _required(name: str, known: Mapping[str, Parameter]) -> list[str]:
     needed = [key for key, parameter in known.items() if parameter.required]
     if name.endswith(("_field_selector", "specified_field_filter", "_numeric_field_filter")):
         needed.append("field_key")
@@ -379,7 +398,13 @@ def _check_required(
         needed.append(WRITTEN_FOLDER)
     if name == "tags_specified_field_selector":
         needed.append("target_tags")
-    for key in needed:
+    return needed
+
+
+def _check_required(
+    where: str, name: str, parameters: Mapping[str, Any], known: Mapping[str, Parameter]
+) -> None:
+    for key in _required(name, known):
         if key not in parameters or parameters[key] in (None, ""):
             raise InvalidInput("Missing parameter", f"{where}: {key}", f"add {key}")
 

@@ -10,10 +10,13 @@ from typing import Any
 import pytest
 
 from synth_agent import pipeline
+from synth_agent.catalogue import load_catalogue
+from synth_agent.operator_commands import operator_data
 from synth_agent.planner import tools
 from synth_agent.planner.builtin import BuiltinPlanner
 from synth_agent.planner.fencing import CLOSING, OPENING, visible
 from synth_agent.planner.tools import MOST_BYTES, MOST_ROWS, TOOLS, run_tool
+from synth_agent.recipe_policy import CHOICES
 from synth_agent.runs import EventLog
 from synth_agent.workspace import Workspace
 from tests.injections import INJECTIONS, disguised
@@ -126,6 +129,34 @@ def test_operators_are_described(workspace: Workspace) -> None:
     found = call(workspace, "operators", word="aesthetics")
     assert found["found"] >= 1
     assert all("aesthetics" in entry["name"] for entry in found["operators"])
+
+
+@pytest.mark.parametrize(
+    ("operator", "parameter", "field", "told"),
+    [
+        ("image_captioning_mapper", "caption_num", "maximum", 32),
+        ("batched_image_captioning_mapper", "max_new_tokens", "minimum", 1),
+        ("range_specified_field_selector", "upper_percentile", "maximum", 1),
+        ("sentence_augmentation_mapper", "top_p", "accepts", ["float", "null"]),
+        ("topk_specified_field_selector", "field_key", "required", True),
+        ("chinese_convert_mapper", "mode", "choices", list(CHOICES["mode"])),
+    ],
+)
+def test_operators_are_described_as_they_are_checked(
+    workspace: Workspace, operator: str, parameter: str, field: str, told: object
+) -> None:
+    listed = call(workspace, "operators", name=operator)["parameters"]
+    described = {entry["name"]: entry for entry in listed}
+    assert described[parameter][field] == told
+    catalogue = load_catalogue()
+    plain = operator_data(catalogue.operators[operator], catalogue, ())["parameters"]
+    assert plain[parameter][field] == told
+
+
+def test_both_ends_of_a_filters_interval_are_described(workspace: Workspace) -> None:
+    listed = call(workspace, "operators", name="words_num_filter")["parameters"]
+    names = {entry["name"] for entry in listed}
+    assert {"min_closed_interval", "max_closed_interval", "reversed_range"} <= names
 
 
 def test_runs_are_listed_and_shown(workspace: Workspace) -> None:

@@ -22,6 +22,7 @@ from synth_agent.fit import estimate_cost
 from synth_agent.planner.context import prediction_words, run_line, run_name, steps_text
 from synth_agent.planner.exchange import ToolSpec
 from synth_agent.planner.fencing import cut, untrusted, visible
+from synth_agent.recipe_checks import parameters_as_checked
 from synth_agent.recipe_policy import refusal
 from synth_agent.recipes import Recipe, list_recipes, recipe_from_mapping, validate_recipe
 from synth_agent.runs import Run
@@ -37,6 +38,7 @@ MOST_SECONDS = 5.0
 _MOST_ARGUMENTS = 20_000
 _MOST_EXAMPLES = 8
 _CELL = 300
+_OF_EVERY_FILTER = ("min_closed_interval", "max_closed_interval", "reversed_range")
 _FIGURE = r"-?\d{1,20}(\.\d{1,20})?(e[+-]?\d{1,3})?"
 _NUMBER = re.compile(rf"{_FIGURE}|\[{_FIGURE}(, {_FIGURE})*\]|true|false|-?inf|nan")
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,63}")
@@ -368,8 +370,8 @@ def _operator(spec: OperatorSpec, allowed: Sequence[str]) -> dict[str, Any]:
             "maximum": p.maximum,
             "choices": list(p.choices)[:20],
         }
-        for p in load_catalogue().parameters(spec.name).values()
-        if p.name in spec.parameters or p.name in ("reversed_range", "min_closed_interval")
+        for p in parameters_as_checked(spec.name, load_catalogue()).values()
+        if p.name in spec.parameters or p.name in _OF_EVERY_FILTER
     ]
     return {
         "name": spec.name,
