@@ -32,6 +32,7 @@ from synth_agent.planner.fencing import (
 )
 from synth_agent.planner.proposing import read_reply
 from synth_agent.planner.tried import Known
+from synth_agent.recipe_policy import REVIEWED_OPERATORS
 from synth_agent.recipes import list_recipes
 from synth_agent.runs import Run
 from synth_agent.workspace import Workspace
@@ -57,6 +58,20 @@ def workspace(git_workspace: Workspace) -> Workspace:
 def outside_fences(text: str) -> str:
     """Return what a model may read as the program's own words."""
     return FENCED.sub("", text)
+
+
+def test_the_listed_operators_are_names_that_a_recipe_may_use(workspace: Workspace) -> None:
+    sections = build_context(workspace, [], [])
+    operators = next(section for section in sections if section.name == "operators")
+    assert not operators.left_out
+    listed = set()
+    for line in operators.lines:
+        shortened, _, whole = line.partition("; ")
+        named = re.fullmatch(r"\w+: (.+) \(add (\w+) to each\)", shortened)
+        assert named
+        listed |= {f"{name}{named[2]}" for name in named[1].split(", ")}
+        listed |= {name for name in whole.split("; ") if name}
+    assert listed == REVIEWED_OPERATORS
 
 
 def test_a_fence_cannot_be_closed_from_inside() -> None:

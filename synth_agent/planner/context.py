@@ -186,11 +186,14 @@ def _operators(workspace: Workspace) -> list[str]:
     for spec in load_catalogue().operators.values():
         if not refusal(spec) or spec.name in workspace.settings.allow_operators:
             kinds[spec.kind].append(spec.name)
-    return [
-        f"{kind}: {', '.join(name.removesuffix(f'_{kind}') for name in kinds[kind])} "
-        f"(each name ends in _{kind})"
-        for kind in sorted(kinds)
-    ]
+    lines = []
+    for kind, names in sorted(kinds.items()):
+        ending = f"_{kind}"
+        short = [name.removesuffix(ending) for name in names if name.endswith(ending)]
+        whole = [name for name in names if not name.endswith(ending)]
+        parts = [f"{', '.join(short)} (add {ending} to each)"] if short else []
+        lines.append(f"{kind}: {'; '.join([*parts, *whole])}")
+    return lines
 
 
 def _recipe_lines(recipes: Sequence[Recipe]) -> list[str]:
