@@ -115,6 +115,8 @@ def test_samples_and_retention_tell_what_a_recipe_keeps(workspace: Workspace) ->
     assert kept["steps"] == "words_num_filter(min_num=3)"
     asked = call(workspace, "retention", process=[{"words_num_filter": {"min_num": 30}}])
     assert asked["samples"] == 10
+    step = {"name": "words_num_filter", "parameters": {"min_num": 30}}
+    assert call(workspace, "retention", process=[step]) == asked
     drawn = call(workspace, "samples", recipe="short", operator=1, count=2)
     assert len(drawn["kept"]) == len(drawn["dropped"]) == 2
     assert drawn["operator"] == "words_num_filter"

@@ -21,7 +21,7 @@ from synth_agent.fit import estimate_cost
 from synth_agent.imported import list_imported
 from synth_agent.planner.context import imported_name
 from synth_agent.planner.fencing import cut, visible
-from synth_agent.planner.reply import GivenProposal, given_in, objects_in
+from synth_agent.planner.reply import GivenProposal, given_in, objects_in, plain_process
 from synth_agent.planner.training_changes import settings_with
 from synth_agent.planner.tried import Known, check_untried, recipe_of, steps_digest
 from synth_agent.recipes import (
@@ -166,7 +166,7 @@ def _plain_steps(recipe: Mapping[str, Any]) -> dict[str, Any]:
         if not isinstance(branches, list):
             raise InvalidInput("Wrong field", "recipe.branches is no list", "give a list")
         made = [
-            {**branch, "process": _plain_process(branch.get("process"))}
+            {**branch, "process": plain_process(branch.get("process"))}
             if isinstance(branch, dict)
             else branch
             for branch in branches
@@ -175,21 +175,7 @@ def _plain_steps(recipe: Mapping[str, Any]) -> dict[str, Any]:
             k: recipe[k] for k in ("merge", "deduplicate", "order") if recipe.get(k) is not None
         }
         return {"branches": made, **kept}
-    return {"process": _plain_process(recipe.get("process"))}
-
-
-def _plain_process(process: object) -> object:
-    """Return `{"name": x, "parameters": y}` as `{x: y}`; anything else stays for the check."""
-    if not isinstance(process, list):
-        return process
-    return [
-        {str(entry["name"]): entry.get("parameters") or {}}
-        if isinstance(entry, dict)
-        and isinstance(entry.get("name"), str)
-        and entry.keys() <= {"name", "parameters"}
-        else entry
-        for entry in process
-    ]
+    return {"process": plain_process(recipe.get("process"))}
 
 
 def _check_kind(

@@ -207,3 +207,17 @@ def given_in(value: Mapping[str, Any]) -> GivenProposal:
         place = ".".join(str(part) for part in first["loc"])
         shown = cut(visible(repr(first.get("input"))[:400]), 120)
         raise InvalidInput("Wrong field", f"{place}: {shown}", str(first["msg"])[:200]) from error
+
+
+def plain_process(process: object) -> object:
+    """Return `{"name": x, "parameters": y}` as `{x: y}`; anything else stays for the check."""
+    if not isinstance(process, list):
+        return process
+    return [
+        {str(entry["name"]): entry.get("parameters") or {}}
+        if isinstance(entry, dict)
+        and isinstance(entry.get("name"), str)
+        and entry.keys() <= {"name", "parameters"}
+        else entry
+        for entry in process
+    ]

@@ -22,6 +22,7 @@ from synth_agent.fit import estimate_cost
 from synth_agent.planner.context import prediction_words, run_line, run_name, steps_text
 from synth_agent.planner.exchange import ToolSpec
 from synth_agent.planner.fencing import cut, untrusted, visible
+from synth_agent.planner.reply import plain_process
 from synth_agent.recipe_checks import parameters_as_checked
 from synth_agent.recipe_policy import refusal
 from synth_agent.recipes import Recipe, list_recipes, recipe_from_mapping, validate_recipe
@@ -47,7 +48,8 @@ _STEPS: Mapping[str, Any] = {
     "recipe": {"type": "string", "description": "name of a recipe of the workspace"},
     "process": {
         "type": "array",
-        "description": 'or steps in place of a name: [{"OPERATOR": {"parameter": value}}, ...]',
+        "description": "or steps in place of a name, as in a proposal: "
+        '[{"name": OPERATOR, "parameters": {...}}, ...]',
         "items": {"type": "object"},
     },
 }
@@ -477,7 +479,8 @@ def _recipe(call: _Call) -> Recipe:
         InvalidInput: There is no such recipe, or it may not be used.
     """
     if "process" in call.arguments:
-        mapping = {"skip_op_error": False, "process": call.arguments["process"]}
+        steps = plain_process(call.arguments["process"])
+        mapping = {"skip_op_error": False, "process": steps}
         recipe = recipe_from_mapping("asked", mapping)
         validate_recipe(recipe, load_catalogue(), call.workspace)
         return recipe
