@@ -57,7 +57,7 @@ def _setting(default: Any, text: str) -> Any:
 class EvaluateSettings:
     """Everything that `python -m mgm.evaluate` can be told."""
 
-    benchmark: Literal["textvqa", "mmbench"] = field(metadata={"help": "textvqa or mmbench"})
+    benchmark: Literal["textvqa", "mmbench"] = field(metadata={"help": "which benchmark"})
     questions: Path = field(
         metadata={"help": "TextVQA question file or annotation JSON; MMBench TSV"}
     )

@@ -2,7 +2,8 @@
 
 Owns the precedence (default, then `--config FILE`, then flag) and the conversion of texts to the
 types of the dataclass's fields. Every field is a flag: `max_new_tokens` is `--max-new-tokens`.
-A field's help is the `help` of its metadata.
+A field's help is the `help` of its metadata; where other settings decide its default, `default`
+there says how.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ def parse_settings(
             or None.
         arguments: Flags; None takes those of the process.
         program: How the program is started, for the usage text.
-        description: One sentence for the usage text.
+        description: What the program does, for the usage text; printed as it stands.
         defaults: What the given settings imply for the others, before the dataclass's defaults.
 
     Raises:
@@ -83,20 +84,27 @@ def _parser(
     parser = argparse.ArgumentParser(
         prog=program,
         description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
     )
     parser.add_argument("--config", type=Path, help="YAML or JSON file with settings by name")
     for field in _fields(kind):
         flag = f"--{field.name.replace('_', '-')}"
-        text = str(field.metadata.get("help", "")).replace("%", "%%")
-        if not _is_required(field) and field.default is not None:
-            text += f" (default: {field.default})"
+        text = _help(field, hints[field.name]).replace("%", "%%")
         if bool in _alternatives(hints[field.name]):
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
         else:
             parser.add_argument(flag, help=text, metavar="VALUE")
     return parser
+
+
+def _help(field: Field[Any], hint: Any) -> str:
+    text = str(field.metadata.get("help", ""))
+    notes = [_spell(kind) for kind in _alternatives(hint) if get_origin(kind) is Literal]
+    if not _is_required(field) and field.default is not None:
+        notes.append(f"default: {field.metadata.get('default', field.default)}")
+    return f"{text} ({'; '.join(notes)})" if notes else text
 
 
 def _read_config(path: Path, hints: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ Pretraining trains projector and mining on captions; finetuning continues with t
 model, in full or by LoRA. An unfinished output folder with the same settings is continued: after
 `kill -9` the final weights are those of an undisturbed run. `train_state.json` is written last.
 Started by `torchrun` or `deepspeed`, several processes share the work of each step.
-Exit codes are those of `mgm.program`.
+Exit codes: 0 done, 2 bad input, 130 and 143 stopped by a signal, 1 anything else.
 
 Source of the procedure: the Better Synth kit's training scripts and the trainer behind them; the
 loss of a step is the mean over micro-batches of each one's mean over its labels.

@@ -33,8 +33,17 @@ STAGE_DEFAULTS: dict[str, dict[str, Any]] = {
 """The kit's values where its two stages differ."""
 
 
-def _setting(default: Any, text: str) -> Any:
-    return field(default=default, metadata={"help": text})
+def _setting(default: Any, text: str, *, otherwise: str = "") -> Any:
+    """Return a field; `otherwise` says where its default is another."""
+    shown = {"default": f"{default}{otherwise}"} if otherwise else {}
+    return field(default=default, metadata={"help": text, **shown})
+
+
+def _staged(name: str, text: str) -> Any:
+    """Return a field whose default is the kit's value of the stage."""
+    values = {stage: defaults[name] for stage, defaults in STAGE_DEFAULTS.items()}
+    other = f" in pretraining, {values['finetune']} in finetuning"
+    return _setting(values["pretrain"], text, otherwise=other)
 
 
 def stage_defaults(given: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -48,7 +57,7 @@ def stage_defaults(given: Mapping[str, Any]) -> Mapping[str, Any]:
 class TrainSettings:
     """Everything that `python -m mgm.train` can be told."""
 
-    stage: Literal["pretrain", "finetune"] = field(metadata={"help": "pretrain or finetune"})
+    stage: Literal["pretrain", "finetune"] = field(metadata={"help": "which stage"})
     language_model: Path = field(metadata={"help": "Gemma folder"})
     vision_tower: Path = field(metadata={"help": "CLIP folder"})
     high_resolution_tower: Path = field(metadata={"help": "ConvNeXt folder"})
@@ -57,8 +66,8 @@ class TrainSettings:
     output: Path = field(metadata={"help": "folder for the weights; an unfinished one is resumed"})
     projector: Path | None = _setting(None, "mm_projector.bin of pretraining; finetune needs it")
     model: str = _setting("mgm-2b", "name noted in the output's config")
-    method: Literal["projector", "full", "lora"] = _setting("projector", "what is trained")
-    learning_rate: float = _setting(1e-3, "peak rate")
+    method: Literal["projector", "full", "lora"] = _staged("method", "what is trained")
+    learning_rate: float = _staged("learning_rate", "peak rate")
     projector_learning_rate: float | None = _setting(None, "peak rate of the projector alone")
     weight_decay: float = _setting(0.0, "AdamW's decay of weights")
     adam_beta1: float = _setting(0.9, "AdamW's first decay rate")
@@ -68,13 +77,17 @@ class TrainSettings:
     max_grad_norm: float = _setting(1.0, "gradients are clipped to this norm, all together")
     epochs: float = _setting(1.0, "passes over the data, when max_steps is 0")
     max_steps: int = _setting(0, "optimizer steps; 0 means as many as the epochs give")
-    global_batch_size: int = _setting(256, "samples of one optimizer step")
+    global_batch_size: int = _staged("global_batch_size", "samples of one optimizer step")
     micro_batch_size: int = _setting(8, "samples that go through the model together")
     seed: int = _setting(1024, "seed of the trained modules' initialisation")
     data_seed: int = _setting(42, "seed of the order of samples and of dropout")
     model_max_length: int = _setting(2048, "longest sequence in tokens, pictures included")
-    image_aspect_ratio: Literal["square", "pad"] = _setting("square", "crop, or pad to a square")
-    group_by_modality_length: bool = _setting(False, "neighbours of like length and modality")
+    image_aspect_ratio: Literal["square", "pad"] = _staged(
+        "image_aspect_ratio", "crop, or pad to a square"
+    )
+    group_by_modality_length: bool = _staged(
+        "group_by_modality_length", "neighbours of like length and modality"
+    )
     lora_rank: int = _setting(64, "rank of the adapters")
     lora_alpha: float = _setting(16.0, "scale of the adapters, divided by the rank")
     lora_dropout: float = _setting(0.05, "dropout before the adapters")
@@ -82,7 +95,11 @@ class TrainSettings:
         "bfloat16",
         "of frozen weights and arithmetic; trained weights are float32, see master_weights",
     )
-    drop_path: bool = _setting(True, "keep the frozen ConvNeXt's stochastic depth, as published")
+    drop_path: bool = _setting(
+        True,
+        "keep the frozen ConvNeXt's stochastic depth, as published",
+        otherwise=", False with numerics = fast",
+    )
     cache_features: bool = _setting(False, "encode every picture once and keep the result")
     gradient_checkpointing: bool = _setting(
         True, "recompute activations to save memory, with numerics = reference"

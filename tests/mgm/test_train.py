@@ -24,7 +24,7 @@ from mgm.parity import training
 from mgm.progress import Progress
 from mgm.settings import parse_settings
 from mgm.train import main, make_trainer, prepare_model
-from mgm.train_settings import TrainSettings, stage_defaults
+from mgm.train_settings import STAGE_DEFAULTS, TrainSettings, stage_defaults
 from mgm.trainer import Trainer
 from mgm.training_state import TrainingState
 from mgm.weights import read_tensors
@@ -275,7 +275,21 @@ def test_help_shows_examples(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as raised:
         main(["--help"])
     assert raised.value.code == 0
-    assert "python -m mgm.train --stage pretrain" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "\n    python -m mgm.train --stage pretrain" in shown
+
+
+def test_help_tells_the_defaults_of_both_stages_and_the_valid_values(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    for name, first in STAGE_DEFAULTS["pretrain"].items():
+        second = STAGE_DEFAULTS["finetune"][name]
+        assert f"default: {first} in pretraining, {second} in finetuning)" in shown, name
+    assert "default: True, False with numerics = fast)" in shown
+    assert "one of projector, full, lora" in shown
 
 
 def settings(arguments: list[str]) -> TrainSettings:
