@@ -48,7 +48,7 @@ from synth_agent.runs import (
     today,
 )
 from synth_agent.secrets import redact
-from synth_agent.stage_plan import refuse_starts_of_finetuning
+from synth_agent.stage_plan import refuse_impossible_starts
 from synth_agent.workspace import RunPaths, Workspace, known_secrets, stage_environment
 
 LEAST_FREE_BYTES = 1 << 30
@@ -78,12 +78,12 @@ def validate(workspace: Workspace, proposal: Proposal) -> None:
 
 
 def check_settings(workspace: Workspace, settings: Mapping[str, Any]) -> None:
-    """Check the files, the batch arithmetic, the first stage's method and the disk.
+    """Check the files, starts and batches, the first stage's method and the disk.
 
     Raises:
         InvalidInput: Naming the setting and the fix.
     """
-    refuse_starts_of_finetuning(settings)
+    refuse_impossible_starts(settings)
     evaluate = settings["evaluate"]
     sections = {
         "data": settings["data"],

@@ -152,9 +152,9 @@ def build_pretrain(context: Context) -> Stage:
     """Train the projector and the mining on the processed data, from one start or several.
 
     Raises:
-        InvalidInput: If the settings ask for several starts of finetuning.
+        InvalidInput: If the settings ask for starts that there cannot be.
     """
-    refuse_starts_of_finetuning(context.settings)
+    refuse_impossible_starts(context.settings)
     processed = context.outputs["process"]
     seed_images = context.workspace.path(context.settings["data"]["images"])
     own_images = processed / "images"
@@ -170,9 +170,9 @@ def build_finetune(context: Context) -> Stage:
     """Train on the instructions, from the projector of pretraining.
 
     Raises:
-        InvalidInput: If the settings ask for several starts.
+        InvalidInput: If the settings ask for starts that there cannot be.
     """
-    refuse_starts_of_finetuning(context.settings)
+    refuse_impossible_starts(context.settings)
     data = context.settings["data"]
     extra = {
         "data": context.workspace.path(data["instructions"]),
@@ -266,27 +266,17 @@ def _training(
         "output": output.with_name(output.name + ".partial"),
     }
     path = context.log_file(f"{stage}.json")
-    command = _launched(_program("mgm.train", path, context, stage), context, starts)
+    command = _launched(_program("mgm.train", path, context, stage), context)
     return Stage(
         stage, key, (command,), output, required, "train_state.json", {path: _texts(config)}
     )
 
 
-def _launched(command: tuple[str, ...], context: Context, starts: int) -> tuple[str, ...]:
-    """Return a training's command, started by torchrun where several processes are asked for.
-
-    Raises:
-        InvalidInput: If several starts are asked for too; those train in one process.
-    """
+def _launched(command: tuple[str, ...], context: Context) -> tuple[str, ...]:
+    """Return a training's command, started by torchrun where several processes are asked for."""
     processes = int(context.settings["compute"].get("processes", 1))
     if processes == 1:
         return command
-    if starts > 1:
-        raise InvalidInput(
-            "Several starts train in one process each",
-            f"compute.processes = {processes}, pretrain.starts = {starts}",
-            "set one of them to 1",
-        )
     python, *arguments = command
     # Not part of the key: a step is the same, whatever the number of processes.
     launcher = ("-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}")
@@ -297,12 +287,19 @@ def _starts(context: Context, stage: str) -> int:
     return int(context.settings[stage].get("starts", 1))
 
 
-def refuse_starts_of_finetuning(settings: Mapping[str, Any]) -> None:
-    """Check that only stage 1 is asked for several starts.
+def refuse_impossible_starts(settings: Mapping[str, Any]) -> None:
+    """Check that only stage 1 is asked for several starts, and then for one process.
 
     Raises:
         InvalidInput: naming the setting.
     """
+    processes = int(settings.get("compute", {}).get("processes", 1))
+    if processes > 1 and (starts := int(settings["pretrain"].get("starts", 1))) > 1:
+        raise InvalidInput(
+            "Several starts train in one process each",
+            f"compute.processes = {processes}, pretrain.starts = {starts}",
+            "set one of them to 1",
+        )
     if (starts := int(settings["finetune"].get("starts", 1))) > 1:
         raise InvalidInput(
             "Only pretraining has several starts",

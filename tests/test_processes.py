@@ -7,6 +7,7 @@ import sys
 import pytest
 
 from synth_agent.errors import InvalidInput
+from synth_agent.pipeline import check_settings
 from synth_agent.workspace import Workspace
 from tests.test_pipeline import changed, filled, plan_of, settings_of, stages_of
 
@@ -41,3 +42,5 @@ def test_several_starts_are_refused(filled: Workspace) -> None:
     settings = changed(settings, "pretrain", starts=2, start_share=1.0)
     with pytest.raises(InvalidInput, match=r"compute\.processes = 2"):
         stages_of(filled, plan_of(filled, settings, []))
+    with pytest.raises(InvalidInput, match=r"pretrain\.starts = 2"):
+        check_settings(filled, settings)
