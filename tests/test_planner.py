@@ -10,7 +10,7 @@ from synth_agent.errors import InvalidInput
 from synth_agent.planner import BuiltinPlanner, propose_recipe, workspace_settings
 from synth_agent.planner.builtin import predict
 from synth_agent.recipes import load_recipe
-from synth_agent.runs import Limits, Plan, Proposal, Rejection, Run, Score
+from synth_agent.runs import Comparison, Limits, Plan, Proposal, Rejection, Run, Score
 from synth_agent.workspace import Workspace
 
 HEAD = "skip_op_error: false\nnp: 1\nauto_op_parallelism: false\n"
@@ -150,6 +150,30 @@ def test_results_move_the_prediction_of_relatives(workspace: Workspace) -> None:
     assert all(abs(one.expected) < 1e-6 for one in against)
     baseline = load_recipe(workspace.recipes / "baseline.yaml")
     assert predict(workspace, baseline, settings, history) == ()
+
+
+def test_seeds_and_tries_in_a_verdicts_interval_are_no_noise_of_questions(
+    workspace: Workspace,
+) -> None:
+    history = [baseline_run(workspace, textvqa=50.0, mmbench=50.0)]
+    strong = load_recipe(workspace.recipes / "strong.yaml")
+    unknown = load_recipe(workspace.recipes / "unknown.yaml")
+    run = finished(propose_recipe(workspace, strong, history), 2, textvqa=53.0, mmbench=53.0)
+
+    def expected(half: float, **more: object) -> list[tuple[float, float, float]]:
+        compared = {
+            name: Comparison(
+                name, "0001-baseline", 3.0, 3.0 - half, 3.0 + half, 500, "inside noise", **more
+            )  # type: ignore[arg-type]
+            for name in run.scores
+        }
+        told = [*history, replace(run, comparisons=compared)]
+        found = predict(workspace, unknown, workspace_settings(workspace), told)
+        return [(one.expected, one.low, one.high) for one in found]
+
+    questions_only = expected(1.96)
+    assert expected(9.0, question_sd=1.0, tries=1, basis="seeds, questions") == questions_only
+    assert expected(30.0, question_sd=1.0, tries=10, basis="seeds, questions") == questions_only
 
 
 def test_a_filter_that_removes_nothing_is_not_proposed(workspace: Workspace) -> None:

@@ -23,7 +23,7 @@ from synth_agent.planner.choosing import (
     information_per_cost,
     knowledge_gradient,
 )
-from synth_agent.planner.evidence import Evidence, comparable, gather, same_steps
+from synth_agent.planner.evidence import Evidence, comparable, gather, question_spread, same_steps
 from synth_agent.planner.features import FEATURES, family_of, featurise
 from synth_agent.planner.model import INTERVAL_Z, Array, Beliefs
 from synth_agent.planner.outlook import Outlook, look
@@ -378,9 +378,9 @@ def _question_sd(
 ) -> float:
     """Return the spread of a difference by the choice of questions: paired if any was compared."""
     widths = [
-        (run.comparisons[name].high - run.comparisons[name].low) / 3.92
+        question_spread(run, name, run.scores[name])
         for run in history
-        if name in run.comparisons and comparable(run, settings)
+        if name in run.comparisons and name in run.scores and comparable(run, settings)
     ]
     if widths:
         return float(np.median(widths))

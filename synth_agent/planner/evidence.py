@@ -168,13 +168,19 @@ def _measured(
     score = run.scores[name]
     points = score.percent - scale.baseline
     # The baseline was measured too, the more exactly the more often.
-    noise = math.sqrt(sd**2 * (1 + 1 / baselines) + _question_sd(run, name, score) ** 2)
+    noise = math.sqrt(sd**2 * (1 + 1 / baselines) + question_spread(run, name, score) ** 2)
     return position, scale.enter(points), scale.noise(points, noise)
 
 
-def _question_sd(run: Run, name: str, score: Score) -> float:
-    """Return the spread by the choice of questions; paired with the parent where that is known."""
-    ends = run.comparisons.get(name, score)
+def question_spread(run: Run, name: str, score: Score) -> float:
+    """Return the spread by the choice of questions; paired with the parent where that is known.
+
+    The interval of a comparison with a basis covers seeds and tries as well, which are no part of it.
+    """
+    comparison = run.comparisons.get(name)
+    if comparison is not None and comparison.question_sd is not None:
+        return comparison.question_sd
+    ends = score if comparison is None or comparison.basis else comparison
     return (ends.high - ends.low) / 3.92
 
 
