@@ -178,9 +178,9 @@ def _ladder(counted: PlanRetention) -> Ladder | None:
 def _expected_seconds(
     workspace: Workspace, settings: Mapping[str, Any], history: Sequence[Run], samples: int | None
 ) -> tuple[float | None, str]:
-    seconds = measured_seconds(settings, history)
+    seconds = measured_seconds(settings, history, samples)
     if len(seconds) == len(STAGES):
-        basis = "median of this workspace's runs"
+        basis = _measured_words(settings, samples)
     elif settings["model"]["name"] == "mgm-mini":
         seconds = {**MINI_WORLD_SECONDS, **seconds}
         basis = "the mini world's reference figures for two cores"
@@ -199,12 +199,20 @@ def _expected_seconds(
     return total, basis
 
 
-def measured_seconds(settings: Mapping[str, Any], history: Sequence[Run]) -> dict[str, float]:
-    """Return the median seconds of each stage that runs under like settings have finished."""
+def measured_seconds(
+    settings: Mapping[str, Any], history: Sequence[Run], samples: int | None
+) -> dict[str, float]:
+    """Return the median seconds of each stage that runs under like settings have finished.
+
+    Where epochs decide how long the first training stage is, a run's time counts in proportion to
+    the optimizer steps of so many samples; None takes the times as they are.
+    """
     measured: dict[str, float] = {}
     for stage in STAGES:
         known = [
-            seconds / _trainings(run.plan.proposal.settings, stage)
+            seconds
+            / _trainings(run.plan.proposal.settings, stage)
+            * _steps_ratio(settings, samples, run, stage)
             for run in history
             if run.stages[stage].status == "succeeded"
             and _same_work(run, settings, stage)
@@ -213,6 +221,39 @@ def measured_seconds(settings: Mapping[str, Any], history: Sequence[Run]) -> dic
         if known:
             measured[stage] = median(known)
     return measured
+
+
+def _steps_ratio(settings: Mapping[str, Any], samples: int | None, run: Run, stage: str) -> float:
+    """Return the steps of a stage on so many samples as a multiple of those of a run."""
+    kept = run.stages["process"].result.get("kept")
+    if stage != "pretrain" or not samples or not kept:
+        return 1.0
+    training = Training.of(settings[stage])
+    return training.steps(samples) / training.steps(int(kept))
+
+
+def _measured_words(settings: Mapping[str, Any], samples: int | None) -> str:
+    by_steps = samples and not settings["pretrain"]["max_steps"]
+    return f"median of this workspace's runs{', stage 1 by its steps' if by_steps else ''}"
+
+
+def relative_times(
+    settings: Mapping[str, Any],
+    history: Sequence[Run],
+    usual: int,
+    counts: Sequence[int | None],
+) -> list[float]:
+    """Return how long runs of so many samples take, in multiples of one with the usual number.
+
+    1 where the number or a stage's time is not known, or where settings fix the steps.
+    """
+    seconds = measured_seconds(settings, history, usual)
+    if len(seconds) < len(STAGES) or not usual:
+        return [1.0] * len(counts)
+    times = {stage: _trained(settings, seconds, stage) for stage in STAGES}
+    training, share = Training.of(settings["pretrain"]), times["pretrain"] / sum(times.values())
+    steps = [training.steps(count) if count else training.steps(usual) for count in counts]
+    return [1 + share * (one / training.steps(usual) - 1) for one in steps]
 
 
 def training_times(
@@ -231,12 +272,13 @@ def training_times(
         samples: Of the first stage, None while their number is not known.
         card: What trains; None where there is none.
     """
-    measured = measured_seconds(settings, history)
+    measured = measured_seconds(settings, history, samples)
     times = {}
     for stage in TRAINING_STAGES:
         if stage in measured:
             seconds = _trained(settings, measured, stage)
-            times[stage] = StageTime(seconds, "median of this workspace's runs")
+            basis = _measured_words(settings, samples if stage == "pretrain" else None)
+            times[stage] = StageTime(seconds, basis)
         else:
             times[stage] = _by_rate(workspace, settings, stage, samples, card)
     return times

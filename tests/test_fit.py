@@ -14,7 +14,7 @@ from synth_agent.data_keys import remember_data_key
 from synth_agent.data_plans import Branch, DataPlan, Draw
 from synth_agent.digests import Digests
 from synth_agent.effective import Ladder
-from synth_agent.fit import estimate_cost, expected_effective
+from synth_agent.fit import estimate_cost, expected_effective, relative_times
 from synth_agent.planner.builtin import workspace_settings
 from synth_agent.recipes import Operator, Recipe
 from synth_agent.runs import Cost, Plan, Proposal, Run
@@ -127,6 +127,43 @@ def test_only_a_run_of_the_same_plan_on_as_many_samples_is_measured(workspace: W
     assert estimate_cost(workspace, plan_of(HIGH), settings, (run,)).expected_samples is None
     other = finished(plan_of(LOW), kept=12, seed_samples=ROWS + 1)
     assert estimate_cost(workspace, plan_of(LOW), settings, (other,)).expected_samples is None
+
+
+def timed(recipe: Recipe, settings: dict[str, Any], kept: int) -> Run:
+    run = finished(recipe, kept=kept, seed_samples=ROWS)
+    times = {"process": 10.0, "pretrain": 500.0, "finetune": 50.0, "evaluate": 40.0}
+    stages = {
+        name: replace(run.stages[name], status="succeeded", seconds=seconds)
+        for name, seconds in times.items()
+    }
+    proposal = replace(run.plan.proposal, settings=settings)
+    return replace(run, stages=stages, plan=replace(run.plan, proposal=proposal))
+
+
+def test_a_run_on_fewer_samples_is_as_much_shorter_as_it_has_fewer_steps(
+    analysed: Workspace,
+) -> None:
+    settings = settings_of(analysed)  # one epoch, 8 samples a step
+    whole, few = Recipe("whole", "", "", (), {}), Recipe("few", "", "", (words(0, 15),), {})
+    history = [timed(whole, settings, ROWS)]
+    cost = estimate_cost(analysed, few, settings, history)
+    assert (cost.expected_samples, cost.seconds) == (16, 10 + 500 * 2 / 5 + 50 + 40)
+    assert "stage 1 by its steps" in cost.basis
+    assert estimate_cost(analysed, whole, settings, history).seconds == 600
+    again = [*history, timed(few, settings, 16)]  # took 500 s for 2 steps instead of 5
+    assert estimate_cost(analysed, few, settings, again).seconds == 100 + (200 + 500) / 2
+    assert relative_times(settings, history, ROWS, [ROWS, 16, None]) == [1, pytest.approx(0.5), 1]
+
+
+def test_where_settings_fix_the_steps_samples_do_not_change_the_time(analysed: Workspace) -> None:
+    settings = settings_of(analysed)
+    settings["pretrain"] |= {"max_steps": 400}
+    history = [timed(Recipe("whole", "", "", (), {}), settings, ROWS)]
+    few = Recipe("few", "", "", (words(0, 15),), {})
+    cost = estimate_cost(analysed, few, settings, history)
+    assert (cost.expected_samples, cost.seconds) == (16, 600)
+    assert "by its steps" not in cost.basis
+    assert relative_times(settings, history, ROWS, [16]) == [1]
 
 
 def test_the_effective_set_of_a_plan(analysed: Workspace) -> None:

@@ -8,6 +8,7 @@ import pytest
 
 from synth_agent.errors import InvalidInput
 from synth_agent.planner import BuiltinPlanner, propose_recipe, workspace_settings
+from synth_agent.planner.assessment import assess
 from synth_agent.planner.builtin import predict
 from synth_agent.recipes import load_recipe
 from synth_agent.runs import Comparison, Limits, Plan, Proposal, Rejection, Run, Score
@@ -174,6 +175,26 @@ def test_seeds_and_tries_in_a_verdicts_interval_are_no_noise_of_questions(
     questions_only = expected(1.96)
     assert expected(9.0, question_sd=1.0, tries=1, basis="seeds, questions") == questions_only
     assert expected(30.0, question_sd=1.0, tries=10, basis="seeds, questions") == questions_only
+
+
+def test_a_recipe_that_trains_on_less_costs_less_time(workspace: Workspace) -> None:
+    seed = workspace.path(workspace.settings.data.seed)
+    seed.parent.mkdir(parents=True)
+    seed.write_text("".join(f'{{"id": "{n}", "text": "", "images": []}}\n' for n in range(2048)))
+    half = RECIPES["unknown"].replace("# reason", "# keeps: 0.5\n# reason")
+    (workspace.recipes / "unknown.yaml").write_text(half)
+    base = baseline_run(workspace, textvqa=50.0, mmbench=50.0)
+    for name, seconds in (("process", 0), ("pretrain", 3600), ("finetune", 1800), ("evaluate", 0)):
+        stage = replace(base.stages[name], status="succeeded", seconds=float(seconds))
+        base.stages[name] = stage
+    base.stages["process"].result = {"kept": 2048, "digest": "all"}
+    recipes = [
+        load_recipe(workspace.recipes / f"{n}.yaml") for n in ("baseline", "unknown", "weak")
+    ]
+    settings = workspace_settings(workspace)
+    assessment = assess(workspace, recipes, recipes[0], settings, [base])
+    hours = {one.recipe.name: one.hours for one in assessment.candidates}
+    assert hours == {"unknown": pytest.approx(1.0), "weak": pytest.approx(1.5)}
 
 
 def test_a_filter_that_removes_nothing_is_not_proposed(workspace: Workspace) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from synth_agent.fit import estimate_cost
+from synth_agent.fit import estimate_cost, relative_times
 from synth_agent.imported import list_imported
 from synth_agent.planner.choosing import (
     believe,
@@ -32,7 +32,7 @@ from synth_agent.runs import Kind, Prediction, Run
 from synth_agent.workspace import Workspace
 
 GENERATION_COST = 0.5
-"""Generating captions or pictures takes so much of a run's other time, where it was not timed."""
+"""Generating captions or pictures takes so much of a run's other time."""
 NO_BELIEFS = Beliefs((), np.zeros((0, 0)), np.zeros((0, 0, 0, 0)))
 _DRAWS = 4000
 
@@ -223,6 +223,8 @@ def _assess(
     beliefs = believe(features, results) if kept else NO_BELIEFS
     cost = estimate_cost(workspace, baseline, settings, history)
     hour = 1.0 if cost.seconds is None else cost.seconds / 3600
+    counts = [outlook.samples for outlook in outlooks]
+    times = relative_times(settings, history, counts[0] or 0, counts[1:])
     runs = [_runs_of(recipe, settings, history) for recipe in kept]
     candidates = tuple(
         Candidate(
@@ -231,7 +233,7 @@ def _assess(
             runs[position],
             _key(recipe) in known,
             _same_as(position, [baseline, *kept], outlooks, runs),
-            hour * _relative_cost(recipe),
+            hour * times[position] * _relative_cost(recipe),
         )
         for position, recipe in enumerate(kept)
     )

@@ -35,6 +35,8 @@ class Outlook:
     volume: Volume
     identities: frozenset[str]
     """Recipes that share one make the same samples; empty when nothing is known."""
+    samples: int | None
+    """Samples that training reads, repetitions counted and after the cap; None when not known."""
 
     def is_same(self, other: Outlook) -> bool:
         """Tell whether both recipes provably make the same samples."""
@@ -61,7 +63,8 @@ def look(
         result = _result(workspace, recipe, history, digests)
         volume = _volume(recipe, seed_samples, settings, counted, result)
         identities = frozenset(_identities(recipe, seed_samples, counted, result))
-        outlooks.append(Outlook(volume, identities))
+        samples = _samples(recipe, seed_samples, settings, counted, result)
+        outlooks.append(Outlook(volume, identities, samples))
     return tuple(outlooks)
 
 
@@ -87,6 +90,25 @@ def _volume(
         return Volume(None, most, None)
     share = min(distinct / seed_samples, 1.0) if seed_samples else None
     return Volume(min(distinct, most), most, share)
+
+
+def _samples(
+    recipe: Recipe,
+    seed_samples: int,
+    settings: Mapping[str, Any],
+    counted: PlanRetention | None,
+    result: Mapping[str, Any],
+) -> int | None:
+    found: float | None = None
+    if counted is not None and counted.samples is not None:
+        found = counted.samples
+    elif "kept" in result:
+        found = result.get("before_cap", result["kept"])
+    elif recipe.data_plan is None and not recipe.operators:
+        found = seed_samples
+    elif recipe.keeps is not None:
+        found = recipe.keeps * seed_samples
+    return None if found is None else min(round(found), int(settings["data"]["sample_cap"]))
 
 
 def _repeats(recipe: Recipe) -> float:
