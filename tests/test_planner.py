@@ -177,6 +177,33 @@ def test_seeds_and_tries_in_a_verdicts_interval_are_no_noise_of_questions(
     assert expected(30.0, question_sd=1.0, tries=10, basis="seeds, questions") == questions_only
 
 
+def test_a_replicate_is_predicted_as_it_is_judged_together_with_the_seeds_before_it(
+    workspace: Workspace,
+) -> None:
+    strong = load_recipe(workspace.recipes / "strong.yaml")
+    settings = workspace_settings(workspace)
+    history = [baseline_run(workspace, textvqa=50.0, mmbench=50.0)]
+    history.append(
+        finished(propose_recipe(workspace, strong, history), 2, textvqa=60.0, mmbench=50.0)
+    )
+    (first,) = (
+        one for one in predict(workspace, strong, settings, history) if one.benchmark == "textvqa"
+    )
+    proposal = replace(
+        history[1].plan.proposal, settings={**settings, "seed": settings["seed"] + 1}
+    )
+    history.append(finished(proposal, 3, textvqa=60.0, mmbench=50.0))
+    (second,) = (
+        one for one in predict(workspace, strong, settings, history) if one.benchmark == "textvqa"
+    )
+    # Half, then two thirds of the mean that will be measured are known to be 10 points.
+    assert 7.5 < first.expected < 10
+    assert first.expected < second.expected < 10
+    assert 1.2 < (first.high - first.low) / (second.high - second.low) < 2
+    alone = predict(workspace, load_recipe(workspace.recipes / "unknown.yaml"), settings, history)
+    assert second.high - second.low < 0.5 * (alone[0].high - alone[0].low)
+
+
 def test_a_recipe_that_trains_on_less_costs_less_time(workspace: Workspace) -> None:
     seed = workspace.path(workspace.settings.data.seed)
     seed.parent.mkdir(parents=True)

@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -134,13 +135,18 @@ class Assessment:
             start = float(belief.mean[other])
             mean = mean - start
             variance += belief.covariance[other, other] - 2 * belief.covariance[at, other]
-        points = of.scale.leave(start + mean)
-        # Child and parent were both trained once.
-        noise = math.hypot(math.sqrt(2) * of.seed_sd, self.question_sd[name])
+        points, zero = of.scale.leave(start + mean), of.scale.leave(start)
+        # Seeds that were measured before are judged together with the new one, on either side.
+        before = () if at == other else of.measured.get(at, ())
+        against = () if other is None or at == other else of.measured.get(other, ())
+        parents = of.baselines if other is None else len(against)
+        noise = math.hypot(math.sqrt(1 + 1 / max(1, parents)) * of.seed_sd, self.question_sd[name])
         half = INTERVAL_Z * math.hypot(math.sqrt(max(variance, 0.0)), of.scale.noise(points, noise))
-        zero = of.scale.leave(start)
-        low, high = of.scale.leave(start + mean - half), of.scale.leave(start + mean + half)
-        expected, low, high = (round(float(value - zero), 2) for value in (points, low, high))
+        ends = (points, *(of.scale.leave(start + mean + side) for side in (-half, half)))
+        known = sum(before) - len(before) * (fmean(against) if against else 0.0)
+        expected, low, high = (
+            round(float((known + end - zero) / (len(before) + 1)), 2) for end in ends
+        )
         return Prediction(name, expected, low, high, by)
 
     def cost_words(self, candidate: Candidate) -> str:

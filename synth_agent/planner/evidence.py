@@ -80,6 +80,10 @@ class Evidence:
     seed_basis: str
     results: Results
     """On the scale."""
+    baselines: int
+    """Runs of the baseline."""
+    measured: Mapping[int, tuple[float, ...]]
+    """Percentage points over the baseline by a recipe's position, one a training seed."""
 
 
 def gather(
@@ -155,14 +159,33 @@ def _of_benchmark(
     known = [row for row in rows if row is not None]
     table: Array = np.array(known, dtype=np.float64).reshape(-1, 3)
     results = Results(table[:, 0].astype(np.int64), table[:, 1], table[:, 2], scale.noise(0.0, sd))
-    return Evidence(scale, sd, spread.basis, results)
+    return Evidence(
+        scale, sd, spread.basis, results, len(zero), _by_seed(recipes, scored, name, level)
+    )
+
+
+def _by_seed(
+    recipes: Sequence[Recipe], runs: Sequence[Run], name: str, level: float
+) -> dict[int, tuple[float, ...]]:
+    """Return the points over a level of each recipe that was run, one a training seed."""
+    found: dict[int, dict[object, float]] = {}
+    for run in runs:
+        position = _position(recipes, run)
+        if position is not None:
+            points = run.scores[name].percent - level
+            found.setdefault(position, {})[run.plan.proposal.settings.get("seed")] = points
+    return {position: tuple(points.values()) for position, points in found.items()}
+
+
+def _position(recipes: Sequence[Recipe], run: Run) -> int | None:
+    return next((at for at, recipe in enumerate(recipes) if same_steps(run, recipe)), None)
 
 
 def _measured(
     recipes: Sequence[Recipe], run: Run, name: str, scale: Scale, sd: float, baselines: int
 ) -> tuple[int, float, float] | None:
     """Return position, value and noise of a run, None for a recipe that is no candidate."""
-    position = next((at for at, recipe in enumerate(recipes) if same_steps(run, recipe)), None)
+    position = _position(recipes, run)
     if position is None:
         return None
     score = run.scores[name]
