@@ -49,6 +49,9 @@ class Assumption:
     source: str
 
 
+LOWEST_SCORE = 15.0
+"""Percent: a spread that is a share of the score is taken of so much at least. The published scores lie
+above; near zero a share of the score would promise that nothing moves."""
 _MINI_WORLD = "the mini world's 7 recipes over 10 seeds each"
 _PUBLISHED = "the published table's authors, about 0.02 of the score"
 _PUBLISHED_MMBENCH = "0.10 of the score, five times the published TextVQA figure"
@@ -99,7 +102,7 @@ def assumed_noise(benchmark: str, model: str, percent: float) -> SeedNoise:
     """
     known = ASSUMPTIONS.get(model, ASSUMPTIONS[""])
     found = known.get(benchmark) or max(known.values(), key=lambda one: one.sd)
-    sd = found.sd * percent if found.is_share else found.sd
+    sd = found.sd * max(percent, LOWEST_SCORE) if found.is_share else found.sd
     basis = f"assumed from {found.source}"
     return SeedNoise(sd, found.degrees, _upper(sd, found.degrees), True, basis)
 

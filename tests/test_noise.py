@@ -16,6 +16,7 @@ from synth_agent.noise import (
     replicates,
     seed_noise,
 )
+from synth_agent.referee import judge
 from synth_agent.runs import Cost, Plan, Proposal, Run, Score
 
 SEED_RESULTS = Path(__file__).parents[1] / "benchmarks/results/miniworld_seeds.jsonl"
@@ -55,6 +56,15 @@ def test_before_replicates_the_assumption_says_that_it_is_one() -> None:
 
 def test_a_benchmark_without_its_own_figure_is_given_the_wider_one() -> None:
     assert assumed_noise("other", "mgm-2b", 50.0).sd == pytest.approx(5.0)
+
+
+@pytest.mark.parametrize("percent", [0.0, 2.0])
+def test_a_score_near_zero_is_not_assumed_to_stand_still(percent: float) -> None:
+    noise = assumed_noise("mmbench", "mgm-2b", percent)
+    assert noise.sd == pytest.approx(1.5)
+    nothing = {str(number): 0.0 for number in range(500)}
+    few = {**nothing, **{str(number): 1.0 for number in range(8)}}
+    assert judge([few], [nothing], noise).outcome == "inside noise"
 
 
 def test_the_mini_worlds_figures_are_those_of_its_measured_seeds() -> None:
