@@ -54,6 +54,10 @@ class Measured:
     question_sd: float
     """Standard deviation of the paired bootstrap over questions, in percentage points."""
     num_questions: int
+    seed_sd: float
+    """Spread of one run over seeds that the variances rest on, in percentage points."""
+    own_spread: bool
+    """Whether that is the two arms' own, since they scatter more than the pooled one allows."""
 
     @property
     def sd(self) -> float:
@@ -154,7 +158,9 @@ def measure(child: Sequence[Scores], parent: Sequence[Scores], noise: SeedNoise)
     )  # (seeds, questions)
     differences = ours.mean(axis=0) - theirs.mean(axis=0)
     by_question = float(differences.var()) / len(questions)
-    own, others, degrees = _seed_variances(ours.mean(axis=1), theirs.mean(axis=1), noise)
+    own_spread, own, others, degrees = _seed_variances(
+        ours.mean(axis=1), theirs.mean(axis=1), noise
+    )
     total = by_question + own + others
     parts = by_question**2 / max(1, len(questions) - 1) + (own + others) ** 2 / degrees
     # A spread from one or two pairs is often far too small, and then the sum's degrees far too many.
@@ -167,6 +173,10 @@ def measure(child: Sequence[Scores], parent: Sequence[Scores], noise: SeedNoise)
         degrees=degrees,
         question_sd=math.sqrt(by_question),
         num_questions=len(questions),
+        seed_sd=(
+            math.sqrt((own * len(child) + others * len(parent)) / 2) if own_spread else noise.sd
+        ),
+        own_spread=own_spread,
     )
 
 
@@ -211,8 +221,8 @@ def judge(
         parent_seeds=len(parent),
         num_questions=found.num_questions,
         question_sd=found.question_sd,
-        seed_sd=noise.sd,
-        assumed=noise.assumed,
+        seed_sd=found.seed_sd,
+        assumed=noise.assumed and not found.own_spread,
         basis=_basis(found, noise, len(child), len(parent), tries),
     )
 
@@ -426,20 +436,20 @@ def _check_same_questions(parent: Scores, child: Scores) -> None:
 
 def _seed_variances(
     child: NDArray[np.float64], parent: NDArray[np.float64], noise: SeedNoise
-) -> tuple[float, float, float]:
-    """Return the seed variances of both means and their degrees of freedom.
+) -> tuple[bool, float, float, float]:
+    """Return whether the arms' own spread counts, both means' variances and degrees of freedom.
 
     Recipes differ in their spread: where both arms have seeds enough of their own and scatter more
     than the upper bound of the pooled figure allows, their own spread counts (Welch's variances).
     """
-    pooled = (noise.sd**2 / len(child), noise.sd**2 / len(parent), noise.degrees)
+    pooled = (False, noise.sd**2 / len(child), noise.sd**2 / len(parent), noise.degrees)
     if min(len(child), len(parent)) < _OWN_SEEDS:
         return pooled
     ours, theirs = (float(arm.var(ddof=1)) / len(arm) for arm in (child, parent))
     if ours + theirs <= noise.high**2 * (1 / len(child) + 1 / len(parent)):
         return pooled
     parts = ours**2 / (len(child) - 1) + theirs**2 / (len(parent) - 1)
-    return ours, theirs, (ours + theirs) ** 2 / parts
+    return True, ours, theirs, (ours + theirs) ** 2 / parts
 
 
 _NORMAL_DEGREES = 1e6
@@ -457,9 +467,12 @@ def _t_quantile(upper_tail: float, degrees: float) -> float:
 def _basis(found: Measured, noise: SeedNoise, seeds: int, parent_seeds: int, tries: int) -> str:
     runs = f"{seeds} seed{'s' if seeds > 1 else ''} against {parent_seeds}"
     share = f"{100 * (1 - level(tries)):.4g} % interval"
+    spread = f"{noise.sd:.1f} points, {noise.basis}"
+    if found.own_spread:
+        spread = f"{found.seed_sd:.1f} points, these runs' own spread, beyond the usual {spread}"
     return (
         f"{runs}; {found.num_questions:,} questions blur it by {found.question_sd:.1f} points; "
-        f"one run's seed by {noise.sd:.1f} points, {noise.basis}; "
+        f"one run's seed by {spread}; "
         f"try {tries} against this parent, so a {share}"
     )
 

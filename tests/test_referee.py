@@ -182,7 +182,11 @@ def test_recipes_that_scatter_more_than_the_pooled_figure_are_judged_by_their_ow
     noise = SeedNoise(1.0, 60, 1.2, False, "known")
     judgement = referee.judge(child, parent, noise)
     assert judgement.outcome == "inside noise"
-    assert referee.judge([child[2]], [parent[2]], noise).outcome == "better"
+    assert judgement.seed_sd == pytest.approx(np.sqrt((100 + np.var([10, 90, 100], ddof=1)) / 2))
+    assert "35.6 points, these runs' own spread, beyond the usual 1.0 points" in judgement.basis
+    one = referee.judge([child[2]], [parent[2]], noise)
+    assert (one.outcome, one.seed_sd) == ("better", 1.0)
+    assert "own spread" not in one.basis
 
 
 def test_levels_of_all_tries_add_up_to_the_stated_chance() -> None:
