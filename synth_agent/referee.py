@@ -332,7 +332,7 @@ def power(
     if total == 0:
         return 1.0 if difference else 0.0
     shift = abs(difference) / math.sqrt(total)
-    known = degrees + 2 * (seeds - 1)
+    known = max(degrees + 2 * (seeds - 1), 1.0)  # one run of each tells nothing of its spread
     freedom = known * (total / variance) ** 2 if variance else math.inf
     limit = _t_quantile(level(tries) / 2, freedom)
     if freedom > _NORMAL_DEGREES:

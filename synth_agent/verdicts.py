@@ -6,7 +6,7 @@ Reads runs and their predictions; the decision itself is `referee.judge`.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from synth_agent.errors import InvalidInput, SynthAgentError
@@ -18,7 +18,7 @@ from synth_agent.noise import (
     workspace_noise,
 )
 from synth_agent.pipeline import list_runs, question_scores, read_events
-from synth_agent.referee import Measured, judge, measure, power_words
+from synth_agent.referee import Judgement, Measured, judge, measure, power_words
 from synth_agent.runs import Comparison, Run
 from synth_agent.workspace import Workspace
 
@@ -45,6 +45,17 @@ def compare_runs(workspace: Workspace, earlier: str, later: str) -> list[Compari
 
 def _skip(error: SynthAgentError) -> None:
     """Leave out a damaged run: it does not stop the verdict on another."""
+
+
+def _before(noise: SeedNoise, judgement: Judgement) -> SeedNoise:
+    """Return the spread without the degrees of freedom that the two arms' own seeds brought.
+
+    What is planned with so many seeds counts theirs: with both, those of these runs count twice.
+    """
+    brought = 2 * (min(judgement.seeds, judgement.parent_seeds) - 1)
+    is_pooled = judgement.seed_sd == noise.sd
+    degrees = max(0.0, noise.degrees - brought) if is_pooled else 0.0
+    return replace(noise, sd=judgement.seed_sd, degrees=degrees)
 
 
 @dataclass(frozen=True)
@@ -87,7 +98,7 @@ class _Benchmark:
             power=power_words(
                 min(judgement.seeds, judgement.parent_seeds),
                 max(abs(judgement.points), SMALLEST_ASKED),
-                noise,
+                _before(noise, judgement),
                 judgement.question_sd,
                 tries=judgement.tries,
             ),

@@ -9,6 +9,7 @@ import pytest
 
 from synth_agent.errors import InvalidInput
 from synth_agent.pipeline import load_run
+from synth_agent.referee import detectable_difference
 from synth_agent.runs import Cost, EventLog, Plan, Proposal, dump_plan, now
 from synth_agent.summary import write_summary
 from synth_agent.verdicts import compare_runs
@@ -91,6 +92,25 @@ def test_replicates_are_seeds_of_their_arm_and_tell_the_spread(workspace: Worksp
     assert not one.assumed
     assert one.seed_sd == pytest.approx(np.sqrt((250 + 50) / 5))
     assert one.verdict == "inside noise"
+
+
+def test_what_so_many_seeds_tell_does_not_count_their_own_scatter_twice(
+    workspace: Workspace,
+) -> None:
+    base = _add(workspace, 1, 0.48)
+    for number, share in ((2, 0.50), (3, 0.52)):
+        _add(workspace, number, share, seed=number, parent=base)
+    for number, share in ((4, 0.50), (5, 0.52)):
+        _add(workspace, number, share, seed=number, samples="a", parent=base)
+    (one,) = compare_runs(
+        workspace, base, _add(workspace, 6, 0.54, seed=6, samples="a", parent=base)
+    )
+    assert (one.seeds, one.parent_seeds, one.seed_sd) == (3, 3, pytest.approx(2.0))
+    # Four degrees of freedom are all that there is: none is left for a spread from elsewhere.
+    assert one.question_sd is not None
+    told = detectable_difference(3, 2.0, one.question_sd, tries=one.tries, degrees=0)
+    assert one.power.startswith(f"3 seeds tell {told:.1f} points apart")
+    assert told > detectable_difference(3, 2.0, one.question_sd, tries=one.tries, degrees=4)
 
 
 def test_tries_against_one_parent_are_counted_and_replicates_of_it_are_not(
