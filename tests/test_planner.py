@@ -204,6 +204,24 @@ def test_a_replicate_is_predicted_as_it_is_judged_together_with_the_seeds_before
     assert second.high - second.low < 0.5 * (alone[0].high - alone[0].low)
 
 
+def test_the_same_training_twice_is_one_result(workspace: Workspace) -> None:
+    strong = load_recipe(workspace.recipes / "strong.yaml")
+    unknown = load_recipe(workspace.recipes / "unknown.yaml")
+    settings = workspace_settings(workspace)
+    base = baseline_run(workspace, textvqa=50.0, mmbench=50.0)
+    run = finished(propose_recipe(workspace, strong, [base]), 2, textvqa=56.0, mmbench=50.0)
+    twice = [base, run, replace(run, id="0003-strong"), replace(base, id="0004-baseline")]
+    for recipe in (strong, unknown):
+        once = predict(workspace, recipe, settings, [base, run])
+        assert predict(workspace, recipe, settings, twice) == once
+    again = replace(run.plan.proposal, settings={**settings, "seed": settings["seed"] + 1})
+    other = finished(again, 3, textvqa=56.0, mmbench=50.0)
+    assert predict(workspace, unknown, settings, [base, run, other]) != once
+    recipes = [load_recipe(workspace.recipes / f"{name}.yaml") for name in ("baseline", "strong")]
+    (candidate,) = assess(workspace, recipes, recipes[0], settings, [*twice, other]).candidates
+    assert candidate.replicates == 2
+
+
 def test_a_recipe_that_trains_on_less_costs_less_time(workspace: Workspace) -> None:
     seed = workspace.path(workspace.settings.data.seed)
     seed.parent.mkdir(parents=True)

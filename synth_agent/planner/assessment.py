@@ -24,7 +24,14 @@ from synth_agent.planner.choosing import (
     information_per_cost,
     knowledge_gradient,
 )
-from synth_agent.planner.evidence import Evidence, comparable, gather, question_spread, same_steps
+from synth_agent.planner.evidence import (
+    Evidence,
+    comparable,
+    gather,
+    question_spread,
+    same_steps,
+    trainings,
+)
 from synth_agent.planner.features import FEATURES, family_of, featurise
 from synth_agent.planner.model import INTERVAL_Z, Array, Beliefs
 from synth_agent.planner.outlook import Outlook, look
@@ -231,7 +238,8 @@ def _assess(
     hour = 1.0 if cost.seconds is None else cost.seconds / 3600
     counts = [outlook.samples for outlook in outlooks]
     times = relative_times(settings, history, counts[0] or 0, counts[1:])
-    runs = [_runs_of(recipe, settings, history) for recipe in kept]
+    measured = trainings([r for r in history if r.is_measured and comparable(r, settings)])
+    runs = [tuple(run.id for run in measured if same_steps(run, recipe)) for recipe in kept]
     candidates = tuple(
         Candidate(
             recipe,
@@ -346,16 +354,6 @@ def _distinct(
             found.setdefault(_key(recipe), recipe)
     del found[_key(baseline)]
     return list(found.values())
-
-
-def _runs_of(
-    recipe: Recipe, settings: Mapping[str, Any], history: Sequence[Run]
-) -> tuple[str, ...]:
-    return tuple(
-        run.id
-        for run in history
-        if run.is_measured and comparable(run, settings) and same_steps(run, recipe)
-    )
 
 
 def _same_as(

@@ -123,6 +123,18 @@ def same_steps(run: Run, recipe: Recipe) -> bool:
     return does_same(run.plan.proposal.recipe, recipe.mapping())
 
 
+def trainings(runs: Sequence[Run]) -> list[Run]:
+    """Return the runs without repetitions: those of the same steps and seed are one training.
+
+    The first counts, as it does for the spread between seeds.
+    """
+    found: dict[tuple[str, object], Run] = {}
+    for run in runs:
+        proposal = run.plan.proposal
+        found.setdefault((repr(steps_of(proposal.recipe)), proposal.settings.get("seed")), run)
+    return list(found.values())
+
+
 def two_heaps(values: Sequence[float]) -> bool:
     """Tell whether values fall into two heaps: one gap is wider than half of their range.
 
@@ -143,7 +155,7 @@ def _of_benchmark(
     settings: Mapping[str, Any],
     published: Sequence[tuple[int, Gains]],
 ) -> Evidence:
-    scored = [run for run in runs if name in run.scores]
+    scored = trainings([run for run in runs if name in run.scores])
     zero = [run.scores[name] for run in scored if same_steps(run, baseline)]
     level = float(np.mean([score.percent for score in zero])) if zero else UNKNOWN_BASELINE
     assumed = assumed_noise(name, str(settings["model"]["name"]), level)
@@ -160,21 +172,21 @@ def _of_benchmark(
     table: Array = np.array(known, dtype=np.float64).reshape(-1, 3)
     results = Results(table[:, 0].astype(np.int64), table[:, 1], table[:, 2], scale.noise(0.0, sd))
     return Evidence(
-        scale, sd, spread.basis, results, len(zero), _by_seed(recipes, scored, name, level)
+        scale, sd, spread.basis, results, len(zero), _by_recipe(recipes, scored, name, level)
     )
 
 
-def _by_seed(
+def _by_recipe(
     recipes: Sequence[Recipe], runs: Sequence[Run], name: str, level: float
 ) -> dict[int, tuple[float, ...]]:
-    """Return the points over a level of each recipe that was run, one a training seed."""
-    found: dict[int, dict[object, float]] = {}
+    """Return the points over a level of each recipe that was run."""
+    found: dict[int, tuple[float, ...]] = {}
     for run in runs:
         position = _position(recipes, run)
         if position is not None:
             points = run.scores[name].percent - level
-            found.setdefault(position, {})[run.plan.proposal.settings.get("seed")] = points
-    return {position: tuple(points.values()) for position, points in found.items()}
+            found[position] = (*found.get(position, ()), points)
+    return found
 
 
 def _position(recipes: Sequence[Recipe], run: Run) -> int | None:
