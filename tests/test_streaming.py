@@ -99,6 +99,7 @@ class _Backwards(LocalPool):
 
 
 RECIPES: dict[str, tuple[Step, ...]] = {
+    "no operator": (),
     "filters": (("text_length_filter", {"min_len": 47}), ("image_shape_filter", {"min_width": 43})),
     "deduplicator between": (
         ("words_num_filter", {"min_num": 6}),
@@ -143,6 +144,8 @@ def test_leaves_what_the_whole_leaves(name: str, seed: list[Sample], tmp_path: P
     assert streamed.kept().tolist() == sorted({row["row_id"] for row in whole.rows})
     if name == "nothing left":
         assert not whole.rows
+    elif name == "no operator":
+        assert len(whole.rows) == len(seed)
     else:
         assert 0 < len(whole.rows) < len(seed)
 

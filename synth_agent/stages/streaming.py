@@ -239,6 +239,12 @@ def stream_branch(
     files = _ChunkFiles(folder)
     run = _Run(pool.operators, files)
     incoming: Iterator[tuple[int, Any]] = files.first(samples, images, chunk_samples)
+    if not pool.operators:
+        # A baseline keeps everything, and its chunks have to be on disk like any other's.
+        for index, table in incoming:
+            files.write(index, table)
+            report("reading the seed set", files.num_samples, total)
+        files.close({})
     for segment in segments(pool.operators):
         label = run.label(segment)
         done, report_total = 0, total
