@@ -310,8 +310,8 @@ def _add_formats(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     convert.add_argument(
         "--marker",
         choices=("<__dj__image>", "<image>"),
-        default="<__dj__image>",
-        help="image marker of the samples made (default: %(default)s)",
+        help="image marker of the samples made (default: that of the samples given, and "
+        "<__dj__image> for conversations)",
     )
     convert.add_argument(
         "--images", type=Path, metavar="DIR", help="make absolute paths relative to this folder"

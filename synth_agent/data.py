@@ -240,7 +240,8 @@ def check_image_marker(samples: Iterable[Sample], expected: str) -> None:
             "Wrong image marker",
             f"line {wrong[0]}, field text: {' or '.join(others)} in place of {expected} "
             f"({len(wrong)} lines in all)",
-            f"Replace it by {expected}, or set the recipe's image_special_token.",
+            f"Replace it by {expected}, or name the marker of the whole file as image_special_token "
+            "in the recipe.",
         )
 
 
@@ -250,6 +251,23 @@ def with_image_marker(sample: Sample, marker: str) -> Sample:
     for other in IMAGE_MARKERS:
         if other != marker:
             text = text.replace(other, marker)
+    return sample if text == sample.text else replace(sample, text=text)
+
+
+def recipe_image_marker(options: Mapping[str, Any]) -> str:
+    """Return the image marker that a recipe with these global options reads and writes."""
+    return str(options.get("image_special_token") or DJ_IMAGE_MARKER)
+
+
+def with_kit_markers(sample: Sample, options: Mapping[str, Any]) -> Sample:
+    """Return what a recipe made with the markers that the competition's converter looks for.
+
+    Args:
+        sample: A sample that a recipe made.
+        options: The recipe's global options, which may name other markers.
+    """
+    text = sample.text.replace(recipe_image_marker(options), DJ_IMAGE_MARKER)
+    text = text.replace(str(options.get("eoc_special_token") or END_OF_CHUNK), END_OF_CHUNK)
     return sample if text == sample.text else replace(sample, text=text)
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from synth_agent.data import (
+    DJ_IMAGE_MARKER,
     END_OF_CHUNK,
     IMAGE_MARKERS,
     Sample,
@@ -89,6 +90,12 @@ def check_data(layout: Layout, report: Callable[[int, int], None]) -> DataReport
         marker = image_marker(samples)
     except InvalidInput as error:
         problems.append(f"{error.title}: {error.message}")
+    if marker not in (None, DJ_IMAGE_MARKER):
+        problems.append(
+            f"texts say {marker}, and recipes look for {DJ_IMAGE_MARKER}: replace it with "
+            f"synth-agent convert --marker '{DJ_IMAGE_MARKER}', or name it as image_special_token "
+            "in every recipe"
+        )
     problems += _unusable_texts(samples)
     problems += _without_question(samples, layout.original)
     reasons = unreadable({image: layout.images / image for image in pictures}, report)

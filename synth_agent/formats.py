@@ -46,8 +46,9 @@ class Options:
     """LLaVA file with the question of each id; captions become conversations by it."""
     captions: bool = False
     """Make captions of conversations: the answers without their questions."""
-    marker: str = DJ_IMAGE_MARKER
-    """Image marker of the samples that are written."""
+    marker: str | None = None
+    """Image marker of the samples that are written; None leaves that of samples as it is, and gives
+    those made of conversations Data-Juicer's."""
     images: Path | None = None
     """Image folder that absolute paths are made relative to."""
     keep_ids: bool = False
@@ -89,6 +90,9 @@ def convert(source: Path, target: Path, options: Options) -> Conversion:
     samples = _read_samples(source, options)
     marker = image_marker(samples)
     if to_samples:
+        if options.marker is not None:
+            samples = [with_image_marker(sample, options.marker) for sample in samples]
+            marker = image_marker(samples)
         _write_samples(target, samples)
         return _unchanged(len(samples), "samples", marker)
     conversations = _as_conversations(samples, marker, options)
@@ -168,7 +172,8 @@ def _as_samples(conversations: Sequence[Record], options: Options) -> list[Sampl
             )
     made = llava_to_dj(conversations, text_ids=not options.keep_ids, only_captions=options.captions)
     samples = samples_of(enumerate(made, 1), Path("the result"))
-    return [with_image_marker(sample, options.marker) for sample in samples]
+    marker = options.marker or DJ_IMAGE_MARKER
+    return [with_image_marker(sample, marker) for sample in samples]
 
 
 def _as_conversations(

@@ -119,6 +119,16 @@ def test_marker_mistakes_are_caught(tmp_path: Path, texts: tuple[str, str], titl
     assert not (tmp_path / "l.json").exists()
 
 
+def test_samples_keep_their_marker_unless_another_is_asked_for(tmp_path: Path) -> None:
+    records = [{"id": "0", "images": ["0.jpg"], "text": "<image>\na"}]
+    seed = lines(tmp_path / "s.jsonl", records)
+    convert(seed, tmp_path / "same.jsonl", Options())
+    assert read_samples(tmp_path / "same.jsonl")[0].text == "<image>\na"
+    made = convert(seed, tmp_path / "other.jsonl", Options(marker="<__dj__image>"))
+    assert made.marker == "<__dj__image>"
+    assert read_samples(tmp_path / "other.jsonl")[0].text == "<__dj__image>\na"
+
+
 def test_captions_need_their_questions(tmp_path: Path) -> None:
     seed = lines(tmp_path / "seed.jsonl", CAPTIONS)
     with pytest.raises(InvalidInput, match="captions"):
@@ -209,6 +219,7 @@ def test_records_that_training_cannot_use_are_listed(folder: Path) -> None:
         (1, "<__dj__image>\na <|__dj__eoc|> b <|__dj__eoc|>", "inside the caption"),
         (2, "<__dj__image>\n<__dj__image>\na", "several distinct pictures"),
         (1, "<__dj__image>\na <|__dj__eoc|>", ""),
+        (1, "<image>\na", "texts say <image>, and recipes look for <__dj__image>"),
         (1, "[[human]]: <__dj__image>\nq\n[[gpt]]: a <|__dj__eoc|>", ""),
     ],
 )

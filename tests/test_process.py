@@ -15,6 +15,7 @@ from PIL import Image, ImageDraw
 
 from synth_agent.catalogue import load_catalogue
 from synth_agent.changes import read_changes
+from synth_agent.data import read_llava
 from synth_agent.errors import InvalidInput
 from synth_agent.recipes import Operator, Recipe, dump_recipe, materialise
 from synth_agent.workspace import Settings, Workspace, stage_environment
@@ -356,3 +357,34 @@ def test_bad_recipe_is_refused_before_anything_runs(
     assert code == InvalidInput.exit_code
     assert "mine.yaml" in progress[-1]["error"]["message"]
     assert not output.exists()
+
+
+def _say(workspace: Workspace, marker: str) -> list[dict[str, Any]]:
+    """Write the seed set with another image marker and return it as it was."""
+    path = workspace.root / "data" / "seed" / "seed.jsonl"
+    before = path.read_text("utf-8")
+    path.write_text(before.replace("<__dj__image>", marker), "utf-8")
+    return [json.loads(line) for line in before.splitlines()]
+
+
+@pytest.mark.parametrize("large", ["1000", "10"])
+def test_another_image_marker_than_the_recipes_is_refused(workspace: Workspace, large: str) -> None:
+    _say(workspace, "<image>")
+    code, output, progress = _run(workspace, _write_recipe(workspace), "--large", large)
+    assert code == 2
+    assert "line 1, field text: <image> in place of <__dj__image>" in str(progress[-1]["error"])
+    assert not (output / "result.json").exists()
+
+
+@pytest.mark.parametrize("large", ["1000", "10"])
+def test_a_recipes_own_image_marker_does_not_reach_training(
+    workspace: Workspace, large: str
+) -> None:
+    seed = _say(workspace, "<image>")
+    recipe = _write_recipe(workspace)
+    recipe.write_text(f"image_special_token: <image>\n{recipe.read_text('utf-8')}", "utf-8")
+    code, output, _ = _run(workspace, recipe, "--large", large)
+    assert code == 0
+    assert _read_lines(output / "processed.jsonl") == seed
+    answers = [r["conversations"][1]["value"] for r in read_llava(output / "processed.json")]
+    assert not [answer for answer in answers if "<image>" in answer]

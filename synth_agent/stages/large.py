@@ -26,9 +26,12 @@ import numpy.typing as npt
 from synth_agent.data import (
     Sample,
     atomic_file,
+    check_image_marker,
     check_llava_record,
     iter_samples,
+    recipe_image_marker,
     restore_questions,
+    with_kit_markers,
     write_llava,
     write_samples,
 )
@@ -160,6 +163,7 @@ def process_large(recipe: Recipe, arguments: argparse.Namespace, progress: Stage
             originals,
             lambda done: report("checking samples", done, done),
         )
+        check_image_marker(iter_samples(arguments.seed), recipe_image_marker(recipe.options))
         with open_pool(recipe, arguments, work / "operators") as pool:
             samples = iter_samples(arguments.seed)
             outcome = stream_branch(samples, total, images, pool, work / "chunks", report)
@@ -171,6 +175,7 @@ def process_large(recipe: Recipe, arguments: argparse.Namespace, progress: Stage
                 "loosen the recipe's thresholds",
             )
         chosen = chosen_samples(outcome, images, arguments.cap, arguments.cap_seed)
+        chosen = [with_kit_markers(sample, recipe.options) for sample in chosen]
         _write_outputs(output, outcome, chosen, originals)
 
 

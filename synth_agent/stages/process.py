@@ -30,11 +30,14 @@ from synth_agent.data import (
     ROW_ID_FIELD,
     Sample,
     atomic_file,
+    check_image_marker,
     count_records,
     read_llava,
     read_samples,
+    recipe_image_marker,
     relative_samples,
     restore_questions,
+    with_kit_markers,
     write_llava,
     write_samples,
 )
@@ -101,6 +104,8 @@ def process(arguments: argparse.Namespace, progress: StageProgress) -> None:
     # A record that training could not use is found before the recipe runs, not after.
     for _ in restore_questions((sample.as_record() for sample in seed), original):
         pass
+    # Under another marker, filters would see no picture, and training the marker as a word.
+    check_image_marker(seed, recipe_image_marker(recipe.options))
     check_pictures(
         seed,
         arguments.images,
@@ -267,7 +272,9 @@ def _write_outputs(
 ) -> None:
     output: Path = arguments.output
     rows, images = adopt_pictures(processed.rows, seed, arguments.images, output)
-    samples = list(relative_samples(rows, seed, images))
+    samples = [
+        with_kit_markers(sample, recipe.options) for sample in relative_samples(rows, seed, images)
+    ]
     write_samples(output / "processed.jsonl", samples)
     write_llava(
         output / "processed.json",
