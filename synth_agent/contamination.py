@@ -2,8 +2,8 @@
 
 A picture counts as equal when its bytes are, and as near when its 64-bit difference hash is at most
 four bits away (flat pictures, whose hash says nothing, are compared by bytes only). A text counts when
-it shares eight words in a row with a question or an answer, or when one of its sentences is a whole
-question. Words are compared in lower case without punctuation.
+it shares eight words in a row with a question or an answer, or when one of its sentences, or several in
+a row, are a whole question. Words are compared in lower case without punctuation.
 
 Owns the results in `artifacts/contamination/`, kept under digests of what was compared.
 
@@ -31,11 +31,11 @@ from synth_agent.workspace import Workspace
 
 NEAR_BITS = 4
 WORDS_IN_A_ROW = 8
-RULES = 1
+RULES = 2
 """Counts changes of the rules; results under another number are computed again."""
 _NAMED = 10
-_WORD = re.compile(r"\w+")
-_SENTENCE_END = re.compile(r"[\n.?!]|\[\[[a-zA-Z]*\]\]:")
+_WORD = re.compile(r"[^\W_]+")
+_SENTENCE_END = re.compile(r"[\n.?!\u3002]|\[\[[a-zA-Z]*\]\]:")
 _MARKERS = (DJ_IMAGE_MARKER, PLAIN_IMAGE_MARKER, END_OF_CHUNK)
 
 
@@ -205,9 +205,15 @@ def overlap(
 class Matcher:
     """Tells whether a text shares eight words in a row, or a whole question, with given texts."""
 
-    def __init__(self, questions: Iterable[str], answers: Iterable[str]) -> None:
+    def __init__(self, questions: Sequence[str], answers: Iterable[str]) -> None:
         asked = [_words(question) for question in questions]
         self._questions = {" ".join(words) for words in asked if words}
+        # A question may hold a full stop itself ("Dr.", "3.5"), and then is several sentences here.
+        # Those of eight words and more are found by their words.
+        short = (
+            q for q, words in zip(questions, asked, strict=True) if len(words) < WORDS_IN_A_ROW
+        )
+        self._most_sentences = max((len(_sentences(question)) for question in short), default=0)
         told = (_words(answer) for answer in answers)
         self._runs = {run for words in (*asked, *told) for run in _runs(words)}
 
@@ -216,9 +222,19 @@ class Matcher:
             text = text.replace(marker, " ")
         if any(run in self._runs for run in _runs(_words(text))):
             return True
+        sentences = _sentences(text)
         return any(
-            " ".join(_words(sentence)) in self._questions for sentence in _SENTENCE_END.split(text)
+            " ".join(sentences[start:stop]) in self._questions
+            for start in range(len(sentences))
+            for stop in range(start + 1, min(start + self._most_sentences, len(sentences)) + 1)
         )
+
+
+def _sentences(text: str) -> list[str]:
+    """Return the words of each sentence that has any."""
+    # Full-width marks are ends of sentences in their plain form.
+    parts = _SENTENCE_END.split(unicodedata.normalize("NFKC", text))
+    return [" ".join(words) for part in parts if (words := _words(part))]
 
 
 def _words(text: str) -> list[str]:

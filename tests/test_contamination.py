@@ -136,6 +136,27 @@ def test_the_rule_for_texts(text: str, matches: bool) -> None:
     assert matcher(text) is matches
 
 
+@pytest.mark.parametrize(
+    ("text", "matches"),
+    [
+        ("<__dj__image>\nWhat is 3.5 + 2? 5.5", True),
+        ("[[human]]: is it Dr. Who or a St.? [[gpt]]: no", True),
+        ("Is it Dr. Nobody or a St.?", False),
+        ("请看。图中有什么动物？一只猫。", True),
+        ("图中有什么植物？一只猫。", False),
+        ("a word. The word is", True),
+    ],
+)
+def test_a_whole_question_is_found_whatever_marks_are_in_it(text: str, matches: bool) -> None:
+    questions = [
+        "What is 3.5 + 2?",
+        "Is it Dr. Who, or a St.?",
+        "图中有什么动物？",
+        "The word is ____.",
+    ]
+    assert Matcher(questions, [])(text) is matches
+
+
 def test_prompts_are_cut_to_their_question(workspace: Workspace) -> None:
     prompt = "which brand?\nReference OCR token: a, b\nAnswer with one word."
     line = json.dumps({"question_id": "aa", "image": "aa.jpg", "text": prompt})
