@@ -119,13 +119,16 @@ def run_overlaps(
                 f"{missing:,} pictures have no hash",
                 f"run: synth-agent contamination {run.id}",
             )
-        return training_hashes(samples, _root(workspace, settings), known, report)
+        return training_hashes(samples, _root(workspace, settings, file.parent), known, report)
 
     return overlaps(workspace, samples, f"run-{digests.path(file)}", sets, images)
 
 
-def _root(workspace: Workspace, settings: Mapping[str, Any]) -> Path:
-    return workspace.path(str(settings["data"]["images"]))
+def _root(workspace: Workspace, settings: Mapping[str, Any], processed: Path) -> Path:
+    """Return the folder that the paths of a processed data set are relative to."""
+    own = processed / "images"
+    # Beside pictures that the recipe made, its links lead to the seed's.
+    return own if own.is_dir() else workspace.path(str(settings["data"]["images"]))
 
 
 def _evaluation(workspace: Workspace) -> dict[str, Any]:

@@ -5,6 +5,8 @@ import io
 import json
 import random
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,6 +21,7 @@ from synth_agent.contamination import (
     overlaps,
     training_hashes,
 )
+from synth_agent.contamination_report import run_overlaps
 from synth_agent.digests import Digests
 from synth_agent.errors import InvalidInput
 from synth_agent.evaluation_sets import EvaluationSet, evaluation_sets
@@ -166,6 +169,23 @@ def test_prompts_are_cut_to_their_question(workspace: Workspace) -> None:
     textvqa = evaluation_sets(workspace, settings, Digests(workspace))[0]
     assert textvqa.questions == ("which brand?",)
     assert textvqa.missing_pictures == 0
+
+
+def test_pictures_that_a_recipe_made_are_compared(workspace: Workspace) -> None:
+    made = workspace.root / "artifacts" / "processed" / "k"
+    (made / "images" / "synthetic_images").mkdir(parents=True)
+    record = {"id": "a", "images": ["synthetic_images/x.jpg"], "text": "<__dj__image>\na"}
+    (made / "processed.jsonl").write_text(json.dumps(record) + "\n")
+    one = (workspace.root / "data/textvqa/train_images/aa.jpg").read_bytes()
+    (made / "images" / "synthetic_images" / "x.jpg").write_bytes(one)
+    settings = workspace.settings.model_dump(mode="json")
+    run: Any = SimpleNamespace(
+        id="0001-made",
+        stages={"process": SimpleNamespace(output="artifacts/processed/k")},
+        plan=SimpleNamespace(proposal=SimpleNamespace(settings=settings)),
+    )
+    found = run_overlaps(workspace, run, None, Digests(workspace))[0]
+    assert (found.equal_pictures, found.pictures, found.unread_pictures) == (1, 1, 0)
 
 
 def test_a_missing_file_is_named(workspace: Workspace) -> None:
