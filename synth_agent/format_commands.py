@@ -40,11 +40,17 @@ def convert_file(options: argparse.Namespace) -> int:
 
 def _conversion_text(made: Conversion, target: Path) -> str:
     lines = [f"{target}: {made.records:,} records, {made.source} to {made.target}"]
+    if made.left_out:
+        named = ", ".join(escaped(field) for field in made.left_out[:NAMED_PICTURES])
+        rest = len(made.left_out) - NAMED_PICTURES
+        more = f" and {rest:,} more" if rest > 0 else ""
+        lines.append(f"left out, as {made.target} have no such fields: {named}{more}")
     if made.changed:
         named = ", ".join(made.changed[:NAMED_PICTURES])
         lines.append(f"{len(made.changed):,} would not come back as they were: {named}")
     else:
-        lines.append("every record comes back as it was")
+        apart = "apart from them, " if made.left_out else ""
+        lines.append(f"{apart}every record comes back as it was")
     return "\n".join(lines)
 
 

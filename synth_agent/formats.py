@@ -9,7 +9,7 @@ texts say `[[human]]: ...` and `[[gpt]]: ...`.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -65,7 +65,9 @@ class Conversion:
     marker: str | None
     """Image marker of the samples, None when no text has one."""
     changed: tuple[str, ...]
-    """Ids of records that converting back does not give again as they were."""
+    """Ids of records that converting back does not give again as they were, other fields apart."""
+    left_out: tuple[str, ...] = ()
+    """Fields of the source that the target has no place for."""
 
 
 def convert(source: Path, target: Path, options: Options) -> Conversion:
@@ -86,19 +88,27 @@ def convert(source: Path, target: Path, options: Options) -> Conversion:
         _write_samples(target, samples)
         changed = _conversations_changed(conversations, samples, options)
         marker = image_marker(samples)
-        return Conversion(len(samples), "conversations", "samples", marker, changed)
-    samples = _read_samples(source, options)
+        return Conversion(
+            len(samples),
+            "conversations",
+            "samples",
+            marker,
+            changed,
+            tuple(_other_fields(conversations)),
+        )
+    left_out: dict[str, None] = {}
+    samples = _read_samples(source, options, left_out)
     marker = image_marker(samples)
     if to_samples:
         if options.marker is not None:
             samples = [with_image_marker(sample, options.marker) for sample in samples]
             marker = image_marker(samples)
         _write_samples(target, samples)
-        return _unchanged(len(samples), "samples", marker)
+        return Conversion(len(samples), "samples", "samples", marker, (), tuple(left_out))
     conversations = _as_conversations(samples, marker, options)
     write_llava(target, conversations)
     changed = _samples_changed(samples, conversations, marker, options)
-    return Conversion(len(samples), "samples", "conversations", marker, changed)
+    return Conversion(len(samples), "samples", "conversations", marker, changed, tuple(left_out))
 
 
 def _unchanged(records: int, kind: Kind, marker: str | None) -> Conversion:
@@ -132,8 +142,30 @@ def _holds_conversations(path: Path) -> bool:
     return False
 
 
-def _read_samples(path: Path, options: Options) -> list[Sample]:
-    records = iter_records(path)
+def _other_fields(conversations: Sequence[Record]) -> dict[str, None]:
+    """Return the fields of conversations, and of their messages, that samples do not have."""
+    found = {key: None for record in conversations for key in record}
+    for record in conversations:
+        found.update(
+            (f"conversations.{key}", None)
+            for message in record["conversations"]
+            for key in message
+            if key not in ("from", "value")
+        )
+    return {key: None for key in found if key not in ("id", "image", "conversations")}
+
+
+def _noting_fields(
+    records: Iterable[tuple[int, Record]], others: dict[str, None]
+) -> Iterator[tuple[int, Record]]:
+    """Yield records and add their fields that samples do not have to `others`."""
+    for line, record in records:
+        others.update((key, None) for key in record if key not in ("id", "images", "text"))
+        yield line, record
+
+
+def _read_samples(path: Path, options: Options, left_out: dict[str, None]) -> list[Sample]:
+    records = _noting_fields(iter_records(path), left_out)
     if options.images is not None:
         # Links are kept: the image folder is often one.
         root = Path(os.path.abspath(options.images))  # noqa: PTH100

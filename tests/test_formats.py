@@ -129,6 +129,22 @@ def test_samples_keep_their_marker_unless_another_is_asked_for(tmp_path: Path) -
     assert read_samples(tmp_path / "other.jsonl")[0].text == "<__dj__image>\na"
 
 
+def test_fields_that_are_left_out_are_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    weighed = {**TURNS[0], "model": "m"}
+    weighed["conversations"] = [{**m, "weight": 1} for m in TURNS[0]["conversations"]]
+    source = array(tmp_path / "t.json", [TURNS[0], weighed])
+    made = convert(source, tmp_path / "t.jsonl", Options())
+    assert made.left_out == ("model", "conversations.weight")
+    records = [{"id": "0", "images": [], "text": "a", "meta": {"from": "x"}}]
+    seed = lines(tmp_path / "s.jsonl", records)
+    assert main(["convert", str(seed), str(tmp_path / "s.parquet")]) == 0
+    said = capsys.readouterr().out
+    assert "left out, as samples have no such fields: meta" in said
+    assert "apart from them, every record comes back as it was" in said
+
+
 def test_captions_need_their_questions(tmp_path: Path) -> None:
     seed = lines(tmp_path / "seed.jsonl", CAPTIONS)
     with pytest.raises(InvalidInput, match="captions"):
