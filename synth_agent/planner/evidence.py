@@ -19,7 +19,7 @@ from synth_agent.noise import assumed_noise, replicates, seed_noise
 from synth_agent.planner.choosing import Results
 from synth_agent.planner.model import Array
 from synth_agent.planner.published import Gains, published_gains
-from synth_agent.recipes import Recipe, does_same
+from synth_agent.recipes import Recipe, does_same, steps_of
 from synth_agent.runs import Run, Score
 from synth_agent.wording import BENCHMARK_NAMES
 
