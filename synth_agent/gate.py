@@ -46,7 +46,17 @@ _READ_BY = {
     "evaluate": ("evaluate.", "model."),
 }
 """Beginnings of the names of what a stage reads as long as it runs; its code is loaded at once."""
-_CODE = ("gate.py", "pipeline.py", "referee.py", "runs.py", "stage_plan.py", "worker.py")
+_CODE = (
+    "digests.py",
+    "gate.py",
+    "noise.py",
+    "pipeline.py",
+    "referee.py",
+    "runs.py",
+    "stage_plan.py",
+    "verdicts.py",
+    "worker.py",
+)
 
 
 def approved_inputs(workspace: Workspace, proposal: Proposal, digests: Digests) -> dict[str, str]:

@@ -36,6 +36,9 @@ START_STRIDE = 1000
 """From the seed of one start to the next: replicates, whose seeds are neighbours, share no start."""
 _PARTS = ("language_model", "vision_tower", "high_resolution_tower")
 _PACKAGE = Path(__file__).resolve().parent
+_READING = ("data", "data_keys", "data_plans", "parquet", "pictures", "recipe_yaml", "recipes")
+"""Modules outside `stages` by which the data stage reads its inputs; known scores it reads by
+`statistics`."""
 
 
 @dataclass(frozen=True)
@@ -92,8 +95,9 @@ StageBuilder = Callable[[Context], Stage]
 def code_version(digests: Digests, stage: str) -> str:
     """Return the digest of the code that a stage runs."""
     if stage == "process":
-        shared = [_PACKAGE / name for name in ("data.py", "data_plans.py", "recipes.py")]
-        files = [*sorted((_PACKAGE / "stages").rglob("*.py")), *shared]
+        shared = [_PACKAGE / f"{name}.py" for name in _READING]
+        folders = [_PACKAGE / name for name in ("stages", "statistics")]
+        files = [path for folder in folders for path in sorted(folder.rglob("*.py"))] + shared
         return digest([digests.files(_PACKAGE, files), metadata.version("py-data-juicer")])
     folder = _PACKAGE.parent / "mgm"
     return digests.files(folder, sorted(folder.rglob("*.py")))

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,7 +20,7 @@ from typing import Any
 
 import pytest
 
-from synth_agent import gate, journal, pipeline, rules
+from synth_agent import gate, journal, pipeline, rules, stage_plan
 from synth_agent.alternatives import others, side_by_side
 from synth_agent.digests import Digests
 from synth_agent.errors import Conflict, InvalidInput, SynthAgentError
@@ -132,6 +132,34 @@ def test_code_and_versions_are_covered(
     with pytest.raises(Conflict, match="code: data processing, code: training and evaluation"):
         pipeline.launch(world, plan)
     assert not starts.run_ids
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "stages/branch.py",
+        "data_keys.py",
+        "parquet.py",
+        "pictures.py",
+        "recipe_yaml.py",
+        "statistics/files.py",
+        "noise.py",
+        "verdicts.py",
+    ],
+)
+def test_code_that_decides_a_result_is_covered(
+    world: Workspace, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setattr(gate, "code_version", stage_plan.code_version)
+    plan, package = approve(world, proposal_of()), Path(stage_plan.__file__).parent
+    files = Digests.files
+
+    def changed(self: Digests, root: Path, paths: Iterable[Path]) -> str:
+        listed = list(paths)
+        return files(self, root, listed) + (" changed" if package / name in listed else "")
+
+    monkeypatch.setattr(Digests, "files", changed)
+    assert len(gate.changed_inputs(world, plan)) == 1
 
 
 def test_older_plan_is_read_but_not_launched(world: Workspace, starts: Starts) -> None:
