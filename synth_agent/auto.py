@@ -15,8 +15,9 @@ from typing import Any, Literal
 
 from synth_agent import drafts, pipeline, rules
 from synth_agent.errors import Conflict, InvalidInput, SynthAgentError
-from synth_agent.headless import follow, narrate, proposal_text
+from synth_agent.headless import follow, narrate
 from synth_agent.planner import Planner
+from synth_agent.proposal_words import proposal_text
 from synth_agent.runs import Plan, Proposal, Run
 from synth_agent.wording import duration
 from synth_agent.workspace import Workspace
@@ -225,7 +226,7 @@ class Auto:
 
     def _ask(self, code: StopCode, reason: str, proposal: Proposal) -> Stop:
         drafts.keep(self._workspace, proposal)
-        self._say(proposal_text(proposal))
+        self._say(proposal_text(self._workspace, proposal))
         hint = f"decide yourself: synth-agent approve {proposal.sha256[:12]}"
         return Stop(code, reason, hint, tuple(self._runs), proposal)
 

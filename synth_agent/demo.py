@@ -16,9 +16,10 @@ from pathlib import Path
 
 from synth_agent import journal, pipeline
 from synth_agent.errors import EXIT_FAILED, EXIT_OK, InvalidInput
-from synth_agent.headless import follow, narrate, proposal_text, run_data, run_text
+from synth_agent.headless import follow, narrate, run_data, run_text
 from synth_agent.imported import bring_shipped
 from synth_agent.planner import BuiltinPlanner
+from synth_agent.proposal_words import proposal_text
 from synth_agent.runs import Proposal, Run
 from synth_agent.wording import duration
 from synth_agent.workspace import SETTINGS_NAME, Workspace, open_workspace
@@ -177,7 +178,7 @@ def run_demo(workspace: Workspace, *, as_json: bool) -> int:
 
 def _run_unattended(workspace: Workspace, proposal: Proposal) -> Run:
     """Show, approve and run a proposal. The person who asked for the demo is its approver."""
-    narrate("\n" + proposal_text(proposal))
+    narrate("\n" + proposal_text(workspace, proposal))
     pipeline.validate(workspace, proposal)
     plan = pipeline.approve(
         workspace,

@@ -18,9 +18,10 @@ from synth_agent.errors import (
     SynthAgentError,
     nearest,
 )
-from synth_agent.headless import narrate, proposal_text, tell_refused
+from synth_agent.headless import narrate, tell_refused
 from synth_agent.planner import BuiltinPlanner, propose_recipe
 from synth_agent.planner.factory import describe, make_conversation
+from synth_agent.proposal_words import proposal_text
 from synth_agent.recipes import list_recipes
 from synth_agent.runs import Limits, Proposal, Run
 from synth_agent.workspace import Workspace
@@ -48,7 +49,7 @@ def propose(workspace: Workspace, options: argparse.Namespace) -> int:
     if not proposals:
         narrate("nothing is left to propose: add a recipe to recipes/, or name one to repeat")
     for proposal in proposals:
-        print(proposal_text(proposal))
+        print(proposal_text(workspace, proposal))
         narrate(f"approve it with: synth-agent approve {proposal.sha256[:12]}")
     return EXIT_OK
 
@@ -134,7 +135,7 @@ def limit(workspace: Workspace, options: argparse.Namespace) -> int:
     proposal = with_limits(drafts.find(workspace, options.sha256), limits)
     pipeline.validate(workspace, proposal)
     drafts.keep(workspace, proposal)
-    print(proposal_text(proposal))
+    print(proposal_text(workspace, proposal))
     narrate(f"approve it with: synth-agent approve {proposal.sha256[:12]}")
     return EXIT_OK
 

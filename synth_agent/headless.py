@@ -12,7 +12,7 @@ from dataclasses import asdict
 from typing import Any
 
 from synth_agent import pipeline
-from synth_agent.runs import STAGES, Event, EventTail, Limits, Proposal, Run, Score
+from synth_agent.runs import STAGES, Event, EventTail, Run, Score
 from synth_agent.summary import memory_sentences
 from synth_agent.weighting import weigh
 from synth_agent.wording import basis_words, benchmark_name, duration
@@ -134,35 +134,6 @@ _DESCRIBERS = {
     "note": _note,
     "run_finished": _run_finished,
 }
-
-
-def proposal_text(proposal: Proposal) -> str:
-    """Return a proposal as a few lines: what, why, what it takes."""
-    cost = proposal.cost
-    samples = "unknown" if cost.expected_samples is None else f"{cost.expected_samples:,}"
-    lines = [
-        f"{proposal.title} ({proposal.kind}, recipe {proposal.recipe['name']})",
-        f"  reason    {proposal.reason}",
-        f"  evidence  {', '.join(proposal.evidence) or 'none'}",
-        f"  samples   {samples} of {cost.seed_samples:,}",
-        f"  time      {duration(cost.seconds)}",
-        f"  basis     {cost.basis}",
-    ]
-    if proposal.hypothesis:
-        lines.append(f"  thesis    {proposal.hypothesis}")
-    for one in proposal.predictions:
-        lines.append(
-            f"  expects   {benchmark_name(one.benchmark)} {one.expected:+.1f} points, 80 %: "
-            f"{one.low:+.1f} to {one.high:+.1f} ({one.by})"
-        )
-    if proposal.refuted_by:
-        lines.append(f"  refuted   {proposal.refuted_by}")
-    if proposal.limits != Limits():
-        lines.append(f"  limits    {proposal.limits.words()}")
-    if proposal.alternatives:
-        lines.append(f"  beside    {', '.join(name[:12] for name in proposal.alternatives)}")
-    lines.append(f"  sha256    {proposal.sha256}")
-    return "\n".join(lines)
 
 
 def score_text(score: Score) -> str:

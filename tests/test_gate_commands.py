@@ -11,11 +11,12 @@ from synth_agent import drafts, pipeline
 from synth_agent.cli import main
 from synth_agent.errors import Busy
 from synth_agent.planner.factory import session_transcript
+from synth_agent.proposal_words import proposal_text
 from synth_agent.runs import Limits
 from synth_agent.worker import hold_lock
 from synth_agent.workspace import Workspace, open_workspace
 from tests import llm_server
-from tests.gate_world import fill_settings
+from tests.gate_world import fill_settings, recipe_proposal
 from tests.llm_server import refuse_network  # noqa: F401  lets this machine be reached
 
 CANARY = "sk-canary-0123456789abcdef"
@@ -66,6 +67,34 @@ def test_what_is_missing_is_named(
     workspace.settings_file.write_text("planner: {kind: llm}\n")
     assert main(command) == 2
     assert "planner.model is empty" in capsys.readouterr().err
+
+
+def test_what_is_shown_says_all_that_would_run(workspace: Workspace) -> None:
+    proposal = recipe_proposal(workspace, "short", seed=7)
+    assert "  settings" not in proposal_text(workspace, recipe_proposal(workspace, "short"))
+    faster = {**proposal.settings["finetune"], "learning_rate": 0.5}
+    filters = [{"text_length_filter": {"min_len": 3, "num_proc": 0, "reversed_range": False}}]
+    plan = {
+        "branches": [
+            {"name": "b", "process": filters, "repeat": 2, "sample": {"count": 5, "seed": 4}}
+        ],
+        "order": {"by": "shuffled", "seed": 9},
+    }
+    proposal = replace(
+        proposal,
+        recipe={"name": "short", **plan},
+        settings={**proposal.settings, "finetune": faster},
+        proposed_by="a \u001bmodel",
+    )
+    lines = proposal_text(workspace, proposal).splitlines()
+    assert "  steps     branch b: each sample 2 x, 5 drawn with seed 4" in lines
+    assert "  steps     text_length_filter(min_len=3)" in lines
+    assert "  steps     shuffled with seed 9" in lines
+    assert "  settings  seed = 7 (synth.yaml: 1024)" in lines
+    assert any(line.startswith("  settings  finetune.learning_rate = 0.5 (") for line in lines)
+    assert "  from      a model" in lines
+    hidden = replace(proposal, recipe={"name": "r", "process": [{"x_filter": {"a": "\u202ex"}}]})
+    assert 'x_filter(a="\\u202ex")' in proposal_text(workspace, hidden)
 
 
 @pytest.mark.parametrize(
