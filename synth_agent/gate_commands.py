@@ -96,7 +96,7 @@ def _of_planner(workspace: Workspace, options: argparse.Namespace) -> Proposal |
     print(file=sys.stderr)
     if proposed.note:
         narrate(proposed.note)
-    narrate(describe(workspace))
+    narrate(describe(workspace, options.planner, options.transcript))
     return proposed.proposal
 
 
@@ -110,7 +110,7 @@ def ask(workspace: Workspace, options: argparse.Namespace) -> int:
             "set planner.kind: llm and planner.model, and OPENAI_BASE_URL and OPENAI_API_KEY",
         )
     print(conversation.ask(options.question))
-    narrate(describe(workspace))
+    narrate(describe(workspace, options.planner, options.transcript))
     return EXIT_OK
 
 

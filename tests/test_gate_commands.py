@@ -47,9 +47,24 @@ def test_a_question_is_answered_and_can_be_replayed(
     monkeypatch.delenv("OPENAI_API_KEY")
     recorded = session_transcript(workspace)
     assert main([*command, "--planner", "replay", "--transcript", str(recorded)]) == 0
-    assert capsys.readouterr().out == live.out
+    replayed = capsys.readouterr()
+    assert replayed.out == live.out
+    assert replayed.err == f"replay of {recorded}\n"
     for path in workspace.root.rglob("*"):
         assert not path.is_file() or CANARY.encode() not in path.read_bytes()
+
+
+def test_the_planner_that_answered_is_named(
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    workspace.settings_file.write_text("goal: test\nbaseline: words\nplanner: {model: small}\n")
+    command = ["-w", str(workspace.root), "ask", "What was tried?", "--planner", "llm"]
+    with llm_server.LlmServer(llm_server.vllm(llm_server.Answer("Nothing."))) as server:
+        monkeypatch.setenv("OPENAI_BASE_URL", server.url)
+        monkeypatch.setenv("OPENAI_API_KEY", CANARY)
+        assert main(command) == 0
+    told = capsys.readouterr().err
+    assert told.startswith("small, ") and "tokens today" in told
 
 
 def test_what_is_missing_is_named(

@@ -48,13 +48,20 @@ def make_conversation(
     )
 
 
-def describe(workspace: Workspace) -> str:
-    """Return which planner proposes, and what its model has used today, in one line."""
+def describe(workspace: Workspace, kind: str | None = None, transcript: Path | None = None) -> str:
+    """Return which planner proposes, and what its model has used today, in one line.
+
+    Args:
+        workspace: Its `planner` settings say which model.
+        kind: As given to `make_conversation`.
+        transcript: As given to `make_conversation`.
+    """
     settings = workspace.settings.planner
-    if settings.kind == "builtin":
+    kind = kind or settings.kind
+    if kind == "builtin":
         return "built-in planner"
-    if settings.kind == "replay":
-        return f"replay of {settings.transcript}"
+    if kind == "replay":
+        return f"replay of {transcript or settings.transcript}"
     path = session_transcript(workspace)
     used = f"{settings.model or 'no model'}"
     if not path.is_file():
