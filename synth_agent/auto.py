@@ -141,8 +141,8 @@ class Auto:
             if state is None or state.rule is None or not _goes_on(state):
                 self._say(f"{run.id} is left: {rule} does not stand any more")
                 continue
-            if self._left() < _LEAST_SECONDS:
-                return self._budget_spent()
+            if (stop := self._no_room(run)) is not None:
+                return stop
             self._say(f"{run.id} goes on, as {rule} approved it")
             try:
                 stop = self._start(run.plan)
@@ -153,11 +153,27 @@ class Auto:
                 return stop
         return None
 
-    def _one_run(self) -> Stop | None:
+    def _no_room(self, earlier: Run | None = None) -> Stop | None:
+        """Return why no run is started, or not that earlier one; None when there is room."""
         if self._most_runs is not None and len(self._runs) >= self._most_runs:
             return self._stop("runs", f"{len(self._runs)} runs were started, as many as allowed")
         if self._left() < _LEAST_SECONDS:
             return self._budget_spent()
+        needed = None if earlier is None else earlier.plan.proposal.cost.seconds
+        if earlier is None or needed is None:
+            return None
+        needed -= sum(stage.seconds or 0.0 for stage in earlier.stages.values())
+        if needed <= self._left():
+            return None
+        reason = (
+            f"{earlier.id}, which is approved, needs about {duration(needed)} more, "
+            f"{duration(self._left())} is left"
+        )
+        return self._stop("budget", reason)
+
+    def _one_run(self) -> Stop | None:
+        if (stop := self._no_room()) is not None:
+            return stop
         history = pipeline.list_runs(self._workspace)
         rejections = pipeline.list_rejections(self._workspace)
         proposal = self._planner.propose(self._workspace, history, rejections)

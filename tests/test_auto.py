@@ -180,6 +180,19 @@ def test_interrupt_leaves_the_run_and_the_next_start_finishes_it(world: Workspac
     assert stop.runs == () and rule.id != second.id
 
 
+def test_earlier_runs_count_against_this_budget_and_number(world: Workspace) -> None:
+    add_rule(world)
+    for name, seconds in (("short", 3600.0), ("words", 60.0)):
+        proposal = recipe_proposal(world, name, seconds=seconds)
+        rules.approve_under(world, "r1", proposal, most_hours=1.0)
+    stop = auto(world, Script(), Machine(), seconds=600.0)
+    assert (stop.code, stop.runs) == ("budget", ())
+    assert "0001-short, which is approved, needs about 1 h 00 min more" in stop.reason
+    machine = Machine()
+    stop = auto(world, Script(), machine, most_runs=1)
+    assert (stop.code, machine.launched) == ("runs", ["0001-short"])
+
+
 def test_earlier_run_whose_approval_is_void_is_left(world: Workspace) -> None:
     add_rule(world)
     auto(world, proposals(world, "short"), Machine(("Ctrl-C", 0, "")))
