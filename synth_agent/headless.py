@@ -165,7 +165,8 @@ def run_text(run: Run, weights: Mapping[str, float]) -> str:
         lines.append(f"  note     {words}")
     if (weighted := weigh(list(run.comparisons.values()), weights)) is not None:
         lines.append(f"  weighted {weighted.line()}")
-    lines.append(f"  verdict  {run.verdict or run.status}")
+    # A run of the data alone has no verdict, and its status is none.
+    lines.append(f"  verdict  {run.verdict}" if run.verdict else f"  status   {run.status}")
     return "\n".join(lines)
 
 

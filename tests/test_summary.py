@@ -59,6 +59,15 @@ def test_a_training_that_ran_out_of_memory_says_how_it_went_on(workspace: Worksp
     assert told in run_text(run, {})
 
 
+def test_a_run_of_the_data_alone_is_shown_without_a_verdict(workspace: Workspace) -> None:
+    writer = Writer(workspace, 1, proposal_for(workspace, "words", None))
+    writer.start()
+    writer.finish("succeeded", None)
+    text = run_text(pipeline.load_run(workspace, writer.id), {})
+    assert "verdict" not in text
+    assert "  status   succeeded" in text
+
+
 def test_branches_are_named(workspace: Workspace) -> None:
     operators = [{**OPERATORS[0], "branch": "synthesis"}]
     text = summary(workspace, {"kept": 3, "seed_samples": 3, "operators": operators})
