@@ -286,7 +286,7 @@ def example_lines(
     recipes = {recipe.name: recipe for recipe in list_recipes(workspace)}
     table = open_table(workspace, digests)
     if recipe_name not in recipes or table is None:
-        raise InvalidInput("No examples", recipe_name, "analyse the seed set first")
+        raise InvalidInput("No examples", recipe_name, "run `synth-agent analyze` first")
     made = recipe_retention(workspace, recipes[recipe_name], table, digests)
     found: list[tuple[str, list[str], list[str]]] = []
     for branch, kept, position in made.steps():

@@ -261,7 +261,11 @@ def examples(
     """
     operator = retention.operators[operator_index]
     if not operator.known:
-        raise InvalidInput("No examples", f"{operator.name}: {operator.why}", "analyse or run it")
+        raise InvalidInput(
+            "No examples",
+            f"{operator.name}: {operator.why}",
+            "score the seed set with `synth-agent analyze`; what no score decides, a run shows",
+        )
     dropped = retention.dropped_by == operator_index
     passed = (retention.dropped_by > operator_index) | (retention.dropped_by == KEPT)
     order = np.zeros(table.num_rows)

@@ -288,6 +288,11 @@ def test_a_missing_baseline_is_explained(workspace: Workspace) -> None:
     (workspace.recipes / "baseline.yaml").unlink()
     with pytest.raises(InvalidInput, match="Baseline recipe is missing"):
         BuiltinPlanner().propose(workspace, (), ())
+    for path in workspace.recipes.glob("*.yaml"):
+        path.unlink()
+    with pytest.raises(InvalidInput) as raised:
+        BuiltinPlanner().propose(workspace, (), ())
+    assert "copy recipes there, baseline.yaml among them" in raised.value.hint
 
 
 def test_a_recipe_without_its_model_waits(workspace: Workspace) -> None:

@@ -170,7 +170,9 @@ def _baseline_recipe(workspace: Workspace, recipes: Mapping[str, Recipe]) -> Rec
             "Baseline recipe is missing",
             f"{workspace.settings_file}: baseline = {name!r}, but "
             f"{workspace.recipes} has no such recipe",
-            nearest(name, recipes),
+            nearest(name, recipes)
+            if recipes
+            else f"copy recipes there, {name}.yaml among them: the sources have some in recipes/",
         )
     return recipes[name]
 
