@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -14,7 +15,9 @@ import pytest
 from synth_agent.demo import prepare_demo
 from synth_agent.effective import read_training_list
 from synth_agent.miniworld import write_world
+from synth_agent.recipes import load_catalogue, load_recipe, validate_recipe
 from synth_agent.stages import process
+from synth_agent.workspace import open_workspace
 
 RECIPES = sorted(
     path.stem for path in (Path(process.__file__).parents[1] / "miniworld/recipes").glob("*.yaml")
@@ -40,6 +43,17 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_all_recipes_are_here() -> None:
     assert len(RECIPES) >= 9
+
+
+def test_examples_of_the_page_on_recipes_are_valid(demo: Path) -> None:
+    workspace = open_workspace(demo)
+    page = Path(__file__).resolve().parents[1] / "docs" / "recipes.md"
+    examples = re.findall(r"```yaml\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+    assert len(examples) == 2
+    for number, text in enumerate(examples):
+        path = demo / f"example-{number}.yaml"
+        path.write_text(text, encoding="utf-8")
+        validate_recipe(load_recipe(path), load_catalogue(), workspace)
 
 
 @pytest.mark.parametrize("name", RECIPES)
