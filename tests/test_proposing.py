@@ -125,6 +125,8 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"settings": {"pretrain": {"method": "lora"}}}, "Unknown method"),
     ({"settings": {"finetune": {"micro_batch_size": 7}}}, "Batch sizes do not fit"),
     ({"settings": {"finetune": {"lora_rank": 2.5}}}, "Wrong setting"),
+    ({"settings": {"pretrain": {"lora_dropout": 0.2}}}, "Setting has no effect"),
+    ({"settings": {"finetune": {"method": "full", "lora_rank": 8}}}, "Setting has no effect"),
     ({"kind": "replicate"}, "A replicate repeats its parent"),
     ({"kind": "baseline"}, "Baseline has a parent"),
     ({"kind": "ablate"}, "An ablation only removes"),

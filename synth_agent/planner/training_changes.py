@@ -105,6 +105,13 @@ def _changed(section: str, before: Mapping[str, Any], changes: object) -> dict[s
         raise InvalidInput(
             "Wrong setting", f"settings.{section}.{place}", str(first["msg"])[:200]
         ) from error
+    for name in changes:
+        if name.startswith("lora_") and changed["method"] != "lora":
+            raise InvalidInput(
+                "Setting has no effect",
+                f"settings.{section}.{name}: the method is {changed['method']}",
+                "leave it out" if section == "pretrain" else "leave it out, or set method to lora",
+            )
     whole, micro = changed["global_batch_size"], changed["micro_batch_size"]
     if whole % micro:
         raise InvalidInput(
