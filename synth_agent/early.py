@@ -58,6 +58,8 @@ class HitRate:
     high: float
     brier: float
     """Mean squared error of the chance; 0.25 for always saying one half."""
+    usual: float = 0.5
+    """Share of the commoner half: more than one half where many scores are equal."""
 
     @property
     def rate(self) -> float:
@@ -66,8 +68,11 @@ class HitRate:
 
     @property
     def is_useful(self) -> bool:
-        """Whether it is surely better than a coin, and its chances than always one half."""
-        return self.low > 0.5 and self.brier < 0.25
+        """Whether it is surely better than a coin, and its chances than always one half.
+
+        Where scores are equal the halves are not: then, than always saying the commoner one.
+        """
+        return self.low > self.usual and self.brier < self.usual * (1 - self.usual)
 
     def words(self) -> str:
         """Return the hit rate with its interval and the number of runs."""
@@ -144,7 +149,15 @@ def hit_rate(finished: Sequence[Finished]) -> HitRate:
         errors.append((chance - truth) ** 2)
         hits += (chance > 0.5) == bool(truth)
     low, high = wilson(hits, len(finished))
-    return HitRate(len(finished), hits, low, high, float(np.mean(errors)))
+    error = float(np.mean(errors))
+    return HitRate(len(finished), hits, low, high, error, _commoner_half(finished))
+
+
+def _commoner_half(finished: Sequence[Finished]) -> float:
+    """Return the share of runs that are not in the top half; one half without equal scores."""
+    scores = np.array([run.score for run in finished])
+    middle = 0.5 * (len(scores) % 2)  # the middle one of an odd number belongs to neither half
+    return max(0.5, float((scores <= np.median(scores)).sum() - middle) / len(scores))
 
 
 def wilson(hits: int, trials: int) -> tuple[float, float]:

@@ -219,3 +219,14 @@ def test_the_benchmark_measures_the_recorded_seeds(tmp_path: Path) -> None:
     hits = hit_rate([Finished(r["pretrain_loss"], r["TextVQA"]) for r in matching]).hits
     assert f"| matching, 10 | {hits} |" in text
     assert "| inside recipes, together, 70 |" in text
+
+
+def test_equal_scores_are_no_hits_of_the_rule() -> None:
+    """Seven of eight runs score the same: who always says `bottom` is right for seven."""
+    runs = [Finished(2.0 + 0.01 * number, 0.0) for number in range(7)] + [Finished(2.1, 3.0)]
+    measured = hit_rate(runs)
+    assert (measured.hits, measured.usual, measured.is_useful) == (7, 0.875, False)
+    assert "do not stop" in early_verdict(runs, 2.05).words()
+    for count in (8, 9):
+        apart = [Finished(2.0 - 0.1 * number, float(number)) for number in range(count)]
+        assert hit_rate(apart).usual == 0.5
