@@ -151,12 +151,12 @@ class _Benchmark:
     def _rivals(
         self, tried: Sequence[Run], parent: Sequence[Scores], noise: SeedNoise
     ) -> list[Measured]:
-        """Return the other candidates' differences, one a plan."""
+        """Return the other candidates' differences, one a plan, over all its seeds."""
         mine = replicate_key(self.after)
-        plans = {replicate_key(run): run for run in tried if replicate_key(run) != mine}
-        readable = (self._readable(run) for run in plans.values())
-        return [
-            measure([scores], parent, noise)
-            for scores in readable
-            if scores is not None and scores.keys() == parent[0].keys()
-        ]
+        plans: dict[str, list[Scores]] = {}
+        for key, twins in replicates(tried, self.name).items():
+            readable = (self._readable(run) for run in twins if key != mine)
+            scores = [one for one in readable if one is not None and one.keys() == parent[0].keys()]
+            if scores:
+                plans[key] = scores
+        return [measure(seeds, parent, noise) for seeds in plans.values()]

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from synth_agent.errors import InvalidInput
-from synth_agent.pipeline import load_run
-from synth_agent.referee import detectable_difference
+from synth_agent.noise import SeedNoise
+from synth_agent.pipeline import load_run, question_scores
+from synth_agent.referee import detectable_difference, measure, shrink
 from synth_agent.runs import Cost, EventLog, Plan, Proposal, dump_plan, now
 from synth_agent.summary import write_summary
 from synth_agent.verdicts import compare_runs
@@ -124,6 +125,28 @@ def test_tries_against_one_parent_are_counted_and_replicates_of_it_are_not(
     assert [one.tries for one in later.values()] == [1, 2]
     widths = [one.high - one.low for one in later.values()]
     assert widths[1] > widths[0]
+
+
+def test_what_to_expect_goes_by_all_seeds_of_the_other_candidates(workspace: Workspace) -> None:
+    base = _add(workspace, 1, 0.50)
+    seeds = [(2, 0.80), (3, 0.50)]
+    for number, share in seeds:
+        _add(workspace, number, share, seed=number, samples="a", parent=base)
+    mine = _add(workspace, 4, 0.52, samples="b", parent=base)
+    (one,) = compare_runs(workspace, base, mine)
+    arms = [
+        [
+            question_scores(workspace.path(f"artifacts/predictions/{number:04}-run.jsonl"))
+            for number in arm
+        ]
+        for arm in ([1], [2, 3], [4])
+    ]
+    assert one.seed_sd is not None
+    noise = SeedNoise(one.seed_sd, 5, 0.0, True, "")
+    rival, found = (measure(arm, arms[0], noise) for arm in arms[1:])
+    own = [found.own_variance, rival.own_variance]
+    together = shrink([found.points, rival.points], own, found.parent_variance)
+    assert one.expected == pytest.approx(together[0])
 
 
 def test_a_recipe_that_keeps_the_same_samples_is_a_replicate_of_its_parent(
