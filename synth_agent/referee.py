@@ -337,7 +337,8 @@ def power(
     limit = _t_quantile(level(tries) / 2, freedom)
     if freedom > _NORMAL_DEGREES:
         return float(ndtr(shift - limit))
-    return 1 - float(nctdtr(freedom, shift, limit))
+    # Far out scipy's noncentral t is not a number, as where replicates answer all but the same.
+    return 1 - float(nctdtr(freedom, min(shift, _FAR), limit))
 
 
 def seeds_needed(
@@ -452,6 +453,8 @@ def _seed_variances(
     return True, ours, theirs, (ours + theirs) ** 2 / parts
 
 
+_FAR = 1e6
+"""Standard deviations, far beyond any limit that a test is held against."""
 _NORMAL_DEGREES = 1e6
 """From here on the t distribution is taken as normal."""
 

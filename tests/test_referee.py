@@ -280,6 +280,15 @@ def test_power_is_the_rate_at_which_judgements_find_an_effect() -> None:
     assert found / 1_000 == pytest.approx(referee.power(4.0, 4, 2.0, degrees=6), abs=0.06)
 
 
+def test_replicates_that_hardly_scatter_tell_every_difference() -> None:
+    noise = pooled([[100 / 3, 100 / 3, 100 / 3], [100 / 7, 100 / 7, 100 / 7 + 1e-12]])
+    assert noise is not None
+    assert 0 < noise.sd < 1e-9
+    words = referee.power_words(1, 1.0, noise)
+    assert words == "1 seed tells 0.0 points apart; you would need 1 for 1.0 points"
+    assert referee.power(1.0, 1_000, noise.sd, degrees=1.0) == pytest.approx(1.0)
+
+
 def test_power_in_words() -> None:
     noise = SeedNoise(2.0, 1e9, 2.0, False, "known")
     assert referee.power_words(3, 2.0, noise) == (
