@@ -10,6 +10,7 @@ from synth_agent.errors import InvalidInput
 from synth_agent.planner import BuiltinPlanner, propose_recipe, workspace_settings
 from synth_agent.planner.assessment import assess
 from synth_agent.planner.builtin import predict
+from synth_agent.planner.evidence import gather
 from synth_agent.recipes import load_recipe
 from synth_agent.runs import Comparison, Limits, Plan, Proposal, Rejection, Run, Score
 from synth_agent.workspace import Workspace
@@ -240,6 +241,18 @@ def test_a_recipe_that_trains_on_less_costs_less_time(workspace: Workspace) -> N
     assessment = assess(workspace, recipes, recipes[0], settings, [base])
     hours = {one.recipe.name: one.hours for one in assessment.candidates}
     assert hours == {"unknown": pytest.approx(1.0), "weak": pytest.approx(1.5)}
+
+
+def test_a_published_loss_is_no_gain_over_a_baseline_near_zero(workspace: Workspace) -> None:
+    text = RECIPES["weak"].replace("textvqa=1.0 mmbench=1.1", "textvqa=0.5 mmbench=0.5")
+    (workspace.recipes / "weak.yaml").write_text(text)
+    recipes = [load_recipe(workspace.recipes / f"{name}.yaml") for name in ("baseline", "weak")]
+    for percent in (0.0, 0.4, 40.0):
+        history = [baseline_run(workspace, textvqa=percent, mmbench=percent)]
+        settings = workspace_settings(workspace)
+        found = gather(recipes[1:], history, recipes[0], settings)
+        assert all((of.results.values <= 0).all() for of in found.values())
+        assert all(len(of.results.values) == 1 for of in found.values())
 
 
 def test_a_filter_that_removes_nothing_is_not_proposed(workspace: Workspace) -> None:

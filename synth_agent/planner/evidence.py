@@ -222,5 +222,6 @@ def question_spread(run: Run, name: str, score: Score) -> float:
 def _imported(gain: float, scale: Scale, sd: float) -> tuple[float, float]:
     """Return value and noise of the weak result that a published gain, in spreads, is."""
     points = IMPORTED_SHARE * min(max(gain, -MOST_IMPORTED), MOST_IMPORTED) * sd
-    points = min(max(points, 1.0 - scale.baseline), 100.0 - scale.baseline)
+    # A score stays above zero for its logarithm, and a loss a loss where the baseline hardly is.
+    points = min(max(points, min(1.0 - scale.baseline, 0.0)), 100.0 - scale.baseline)
     return scale.enter(points), scale.noise(points, IMPORTED_NOISES * sd)
