@@ -31,7 +31,7 @@ from synth_agent.workspace import Workspace
 
 NEAR_BITS = 4
 WORDS_IN_A_ROW = 8
-RULES = 2
+RULES = 3
 """Counts changes of the rules; results under another number are computed again."""
 _NAMED = 10
 _WORD = re.compile(r"[^\W_]+")
@@ -70,12 +70,14 @@ class Overlap:
     """Samples with an equal or near picture or a matching text."""
     examples: tuple[str, ...]
     """Ids of the first flagged samples."""
+    unread_evaluation_pictures: int = 0
+    """Pictures of the evaluation set that could not be read, and so were compared with nothing."""
 
     def short(self) -> str:
         """Return how much is equal or near, in a few words."""
         pictures = self.equal_pictures + self.near_pictures
         name = benchmark_name(self.benchmark)
-        return f"in {name}: {pictures:,} pictures, {self.texts:,} texts"
+        return f"in {name}: {pictures:,} pictures, {self.texts:,} texts{self._not_compared()}"
 
     def line(self) -> str:
         """Return the overlap as one line."""
@@ -83,8 +85,15 @@ class Overlap:
         return (
             f"{benchmark_name(self.benchmark)}: {self.equal_pictures:,} equal and "
             f"{self.near_pictures:,} near of {self.pictures:,} pictures, {self.texts:,} matching "
-            f"texts of {self.samples:,}{unread}"
+            f"texts of {self.samples:,}{unread}{self._not_compared()}"
         )
+
+    def _not_compared(self) -> str:
+        """Return how many pictures nothing was compared with, as nothing equals those."""
+        unread = self.unread_evaluation_pictures
+        if not unread:
+            return ""
+        return f"; {unread:,} of {self.evaluation_pictures + unread:,} evaluation pictures unread"
 
 
 def known_hashes(table: StatisticsTable | None) -> dict[str, PictureHash]:
@@ -199,6 +208,7 @@ def overlap(
         sum(texts[sample.text] for sample in samples),
         len(flagged),
         tuple(flagged[:_NAMED]),
+        evaluation.missing_pictures,
     )
 
 

@@ -95,9 +95,12 @@ def test_pictures_and_texts_are_found(workspace: Workspace) -> None:
     assert (first.flagged_samples, first.examples) == (3, ("a", "c", "d"))
     assert (second.equal_pictures, second.near_pictures, second.texts) == (0, 1, 0)
     assert second.examples == ("b",)
-    assert "1 equal and 0 near of 3 pictures, 2 matching texts of 4, 1 pictures unread" in (
-        first.line()
+    assert (
+        "1 equal and 0 near of 3 pictures, 2 matching texts of 4, 1 pictures unread; 1 of 2 "
+        in (first.line())
     )
+    assert "1 of 2 evaluation pictures unread" in first.short()
+    assert "evaluation" not in second.line()
 
 
 def test_results_are_kept_until_something_changes(workspace: Workspace) -> None:
