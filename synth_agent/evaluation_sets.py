@@ -17,6 +17,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from mgm.errors import InputError
+from mgm.textvqa import recover_question
 from synth_agent.data import atomic_file
 from synth_agent.digests import Digests
 from synth_agent.errors import InvalidInput
@@ -24,7 +26,7 @@ from synth_agent.pictures import UNREADABLE, PictureHash, hash_bytes, hash_files
 from synth_agent.wording import BENCHMARK_NAMES
 from synth_agent.workspace import Workspace
 
-FORMAT = 1
+FORMAT = 2
 """Counts changes of what is kept; files of another one are made again."""
 _LONGEST_REFERENCE = 64
 """A picture of MMBench that is shorter is the index of the row that holds it."""
@@ -118,8 +120,7 @@ def _files(
 def _textvqa(key: str, files: list[Path], pictures: Mapping[str, Path]) -> EvaluationSet:
     entries = _annotations(files[-1])
     if len(files) > 1:
-        # Only the first line of a prompt is the question; OCR tokens and the instruction follow.
-        asked = [str(entry.get("text", "")).split("\n")[0] for entry in _json_lines(files[0])]
+        asked = [_question_of(str(entry.get("text", ""))) for entry in _json_lines(files[0])]
     else:
         asked = [str(entry.get("question", "")) for entry in entries]
     answers = [str(answer) for entry in entries for answer in entry.get("answers") or ()]
@@ -132,6 +133,14 @@ def _textvqa(key: str, files: list[Path], pictures: Mapping[str, Path]) -> Evalu
         tuple(dict.fromkeys(answers)),
         len(pictures) - len(hashes),
     )
+
+
+def _question_of(prompt: str) -> str:
+    """Return a prompt's question, without the OCR tokens and the instruction around it."""
+    try:
+        return recover_question(prompt)
+    except InputError:
+        return prompt.split("\n")[0]
 
 
 def _mmbench(key: str, path: Path) -> EvaluationSet:

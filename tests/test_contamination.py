@@ -163,8 +163,16 @@ def test_a_whole_question_is_found_whatever_marks_are_in_it(text: str, matches: 
     assert Matcher(questions, [])(text) is matches
 
 
-def test_prompts_are_cut_to_their_question(workspace: Workspace) -> None:
-    prompt = "which brand?\nReference OCR token: a, b\nAnswer with one word."
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        "which brand?\nReference OCR token: a, b\nAnswer with one word.",
+        "Reference OCR token: a, b\nwhich brand?\nAnswer with one word.",
+        "OCR tokens: a, b Question: which brand? Short answer:",
+        "which brand?",
+    ],
+)
+def test_prompts_are_cut_to_their_question(workspace: Workspace, prompt: str) -> None:
     line = json.dumps({"question_id": "aa", "image": "aa.jpg", "text": prompt})
     (workspace.root / "data/textvqa/q.jsonl").write_text(line + "\n")
     settings = workspace.settings.evaluate.model_dump(mode="json")
