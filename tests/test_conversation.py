@@ -104,6 +104,17 @@ def test_a_proposal_of_the_model_comes_with_the_built_in_prediction(
     assert [message.role for message in request.messages] == ["system", "user"]
 
 
+def test_the_model_is_told_what_its_settings_may_be(workspace: Workspace, runs: list[Run]) -> None:
+    conversation, endpoint = talk(workspace, runs, proposal_object())
+    conversation.propose()
+    for told in (
+        "lora_rank 1 to 1024",
+        "warmup_ratio 0 to 0.5",
+        "method of finetune: full or lora",
+    ):
+        assert told in words(endpoint, 0)
+
+
 def test_without_a_baseline_no_model_is_asked(workspace: Workspace) -> None:
     conversation, endpoint = talk(workspace, [])
     proposed = conversation.propose()

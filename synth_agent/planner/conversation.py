@@ -39,7 +39,7 @@ from synth_agent.planner.proposing import read_reply
 from synth_agent.planner.reply import schema
 from synth_agent.planner.templates import fill
 from synth_agent.planner.tools import TOOLS, run_tool
-from synth_agent.planner.training_changes import TRAINING_FIELDS
+from synth_agent.planner.training_changes import settings_words
 from synth_agent.planner.tried import Known
 from synth_agent.recipes import Recipe, list_recipes, recipe_from_mapping
 from synth_agent.runs import Prediction, Proposal, Rejection, Run
@@ -253,7 +253,7 @@ class Conversation:
             "instruction": f"The user says: {cut(visible(instruction), 600)}"
             if instruction
             else "",
-            "settings": ", ".join(TRAINING_FIELDS),
+            "settings": settings_words(),
             "benchmarks": ", ".join(BENCHMARK_NAMES),
         }
         prompt = fill(self._workspace, "propose", values)

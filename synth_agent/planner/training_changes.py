@@ -36,6 +36,16 @@ TRAINING_FIELDS: Mapping[str, tuple[float, float]] = {
 METHODS: Mapping[str, tuple[str, ...]] = {"pretrain": ("projector",), "finetune": ("full", "lora")}
 
 
+def settings_words() -> str:
+    """Return the settings that a model may change, with what they may be."""
+    words = [
+        f"{name} {low:g} to {high:g}"
+        for name, (low, high) in TRAINING_FIELDS.items()
+        if name != "method"
+    ]
+    return f"{', '.join(words)}; method of finetune: {' or '.join(METHODS['finetune'])}"
+
+
 def settings_with(
     workspace: Workspace,
     kind: Kind,
