@@ -35,7 +35,7 @@ on_device = pytest.mark.skipif(
 def test_interpreted() -> None:
     """Triton decides when it is first imported whether it interprets, hence another process."""
     found = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__],
+        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", __file__],
         env={**os.environ, "TRITON_INTERPRET": "1"},
         cwd=Path(__file__).parents[2],
         capture_output=True,
